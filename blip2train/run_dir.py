@@ -1,0 +1,109 @@
+"""Layout of one run folder: the contract between train, evaluate and report. Imports no torch.
+
+    config.yaml                          the resolved config
+    manifest.json                        versions, git commit, seed, shard hash, exact command
+    metrics.jsonl                        one object per logged step: "step", "train/loss", ...
+    checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
+    eval/<benchmark>/metrics.json        name -> number
+    eval/<benchmark>/predictions.jsonl   one object per prediction
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2train.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths and JSON access of one run folder; nothing is created before something is written."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """Open an existing run folder; `ConfigError` if there is no run in it."""
+        run = cls(Path(path))
+        if not run.config_path.is_file():
+            known = sorted(str(found.parent) for found in Path("outputs").glob("**/config.yaml"))[-8:]
+            raise ConfigError(
+                f"no run in {run.path} (no config.yaml there)",
+                where="run=",
+                fix=f"give the folder that `blip2train train` wrote; known here: {', '.join(known) or 'none'}",
+            )
+        return run
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def eval_dir(self, benchmark: str) -> Path:
+        return self.path / "eval" / benchmark
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All logged steps in order; empty if none were logged."""
+        return read_jsonl(self.metrics_path) if self.metrics_path.is_file() else []
+
+    def read_manifest(self) -> dict[str, Any]:
+        return read_json(self.manifest_path) if self.manifest_path.is_file() else {}
+
+    def write_eval(
+        self, benchmark: str, metrics: Mapping[str, Any], predictions: Iterable[Mapping[str, Any]]
+    ) -> Path:
+        """Write one benchmark's metrics and predictions; returns the folder."""
+        folder = self.eval_dir(benchmark)
+        write_json(folder / "metrics.json", metrics)
+        write_jsonl(folder / "predictions.jsonl", predictions)
+        return folder
+
+    def read_eval(self, benchmark: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        folder = self.eval_dir(benchmark)
+        return read_json(folder / "metrics.json"), read_jsonl(folder / "predictions.jsonl")
+
+    def benchmarks(self) -> list[str]:
+        """Names of the benchmarks evaluated in this run."""
+        return sorted(found.parent.name for found in self.path.glob("eval/*/metrics.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write atomically: a reader never sees half a file."""
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
