@@ -6,6 +6,7 @@
     checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
     eval/<benchmark>/metrics.json        name -> number
     eval/<benchmark>/predictions.jsonl   one object per prediction
+    eval/<benchmark>/images/<key>.jpg    small pictures of the records that the report may show (key percent-encoded)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from blip2train.errors import ConfigError
 
@@ -66,13 +68,31 @@ class RunDir:
         return read_json(self.manifest_path) if self.manifest_path.is_file() else {}
 
     def write_eval(
-        self, benchmark: str, metrics: Mapping[str, Any], predictions: Iterable[Mapping[str, Any]]
+        self,
+        benchmark: str,
+        metrics: Mapping[str, Any],
+        predictions: Iterable[Mapping[str, Any]],
+        images: Mapping[str, bytes] | None = None,
     ) -> Path:
-        """Write one benchmark's metrics and predictions; returns the folder."""
+        """Write one benchmark's metrics, predictions and small pictures (JPEG, by record key); returns the folder.
+
+        Pictures of an earlier evaluation under the same name are removed, so that none is shown beside new predictions.
+        """
         folder = self.eval_dir(benchmark)
-        write_json(folder / "metrics.json", metrics)
+        for stale in self.eval_images(benchmark).values():
+            stale.unlink()
+        if images:
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+        for key, data in (images or {}).items():
+            (folder / "images" / f"{quote(key, safe='')}.jpg").write_bytes(data)
         write_jsonl(folder / "predictions.jsonl", predictions)
+        write_json(folder / "metrics.json", metrics)
         return folder
+
+    def eval_images(self, benchmark: str) -> dict[str, Path]:
+        """Saved pictures of one benchmark by record key."""
+        found = sorted((self.eval_dir(benchmark) / "images").glob("*.jpg"))
+        return {unquote(path.stem): path for path in found}
 
     def read_eval(self, benchmark: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         folder = self.eval_dir(benchmark)
