@@ -1,0 +1,46 @@
+"""ITG: the caption, generated from the queries' keys and values -> loss.
+
+Section 3.2 of the paper, Image-grounded Text Generation: [DEC] replaces [CLS], text sees all queries and earlier text.
+Label smoothing 0.1 and the mean over this rank's tokens are LAVIS's; pads are found by the mask, not by their id.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip2train.batch import IGNORE_INDEX
+from blip2train.objective.context import ObjectiveOutput, Stage1Context
+from blip2train.objective.language_modeling import next_token_loss, token_accuracy
+
+
+class GroundedGenerationObjective:
+    """Captioning loss through the Q-Former's own language-model head.
+
+    Args:
+        dec_id: id of [DEC], the token that starts a generated text.
+        weight: factor of this loss in the sum.
+        label_smoothing: share of the target spread over the vocabulary (LAVIS: 0.1; the paper is silent).
+    """
+
+    def __init__(self, dec_id: int, weight: float = 1.0, label_smoothing: float = 0.1) -> None:
+        self.dec_id = dec_id
+        self.weight = weight
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, context: Stage1Context) -> ObjectiveOutput:
+        """Loss and next-token accuracy; a batch of empty texts still predicts [SEP]."""
+        ids_BT, targets_BT = generation_inputs(context.batch.input_ids, context.batch.attention_mask, self.dec_id)
+        logits_BTV = context.model.generation_logits(ids_BT, context.batch.attention_mask, context.query)
+        # position t predicts token t + 1; the last position predicts nothing
+        predicting_BTV = logits_BTV[:, :-1]
+        loss = next_token_loss(predicting_BTV, targets_BT, self.label_smoothing)
+        return ObjectiveOutput(loss, {"itg_token_accuracy": token_accuracy(predicting_BTV, targets_BT)})
+
+
+def generation_inputs(input_ids: Tensor, attention_mask: Tensor, dec_id: int) -> tuple[Tensor, Tensor]:
+    """Decoder inputs (B, T) that start with [DEC], and the targets (B, T - 1) of all positions but the last."""
+    start_B1 = torch.full_like(input_ids[:, :1], dec_id)
+    ids_BT = torch.cat([start_B1, input_ids[:, 1:]], dim=1)
+    targets_BT = input_ids[:, 1:].masked_fill(~attention_mask[:, 1:], IGNORE_INDEX)
+    return ids_BT, targets_BT

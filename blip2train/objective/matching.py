@@ -1,0 +1,99 @@
+"""ITM: 3B image-text pairs, one third of them true -> two-class loss.
+
+Section 3.2 of the paper, Image-Text Matching, with hard negatives as in ALBEF (arXiv 2107.07651). LAVIS draws them in a
+Python loop with 2B device syncs and overwrites the similarities it draws from; a row without any allowed negative
+(batch of one, or one image only) takes its own pair as negative or crashes. Here such rows are left out and counted.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip2train.batch import IGNORE_INDEX
+from blip2train.objective.context import ObjectiveOutput, Stage1Context
+from blip2train.objective.precision import full_precision
+
+WEIGHT_FLOOR = 1e-8
+"""Added to every allowed probability: softmax underflows to 0, and multinomial aborts the device on an all-zero row."""
+
+NO_NEGATIVE = -1
+"""Column of a row in which nothing may be drawn."""
+
+
+def sample_hard_negatives(similarity: Tensor, forbidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one column per row, with probability softmax(similarity) over the allowed columns.
+
+    Args:
+        similarity: (B, G) contrastive logits; neither written to nor given a gradient. NaN counts as impossible, so
+            that a diverged step shows in the loss instead of aborting the device.
+        forbidden: (B, G) bool, True where the pair is not a negative.
+        generator: on the device of `similarity`.
+
+    Returns:
+        (B,) int64; `NO_NEGATIVE` where everything is forbidden.
+    """
+    allowed_BG = ~forbidden
+    logits_BG = full_precision(similarity.detach()).masked_fill(forbidden, -torch.inf)
+    probability_BG = torch.nan_to_num(F.softmax(logits_BG, dim=1), nan=0.0)
+    weight_BG = (probability_BG + WEIGHT_FLOOR) * allowed_BG
+    possible_B = allowed_BG.any(dim=1)
+    # an all-zero row is an error to multinomial: let it draw anything, then say so
+    drawn_B = torch.multinomial(weight_BG + (~possible_B)[:, None], 1, generator=generator).squeeze(1)
+    return torch.where(possible_B, drawn_B, NO_NEGATIVE)
+
+
+class MatchingObjective:
+    """Image-text matching loss over positives, (negative image, text) and (image, negative text).
+
+    Args:
+        weight: factor of this loss in the sum.
+        hard_negatives: True draws by contrastive similarity; False draws evenly, and then needs no contrastive pass.
+    """
+
+    def __init__(self, weight: float = 1.0, hard_negatives: bool = True) -> None:
+        self.weight = weight
+        self.hard_negatives = hard_negatives
+
+    def __call__(self, context: Stage1Context) -> ObjectiveOutput:
+        """Loss over the pairs that exist, and the share of them classified right (chance: 2/3)."""
+        negative_image_B, negative_text_B = self._negatives(context)
+        logits_R2 = full_precision(_pair_logits(context, negative_image_B, negative_text_B))
+        labels_R = matching_labels(negative_image_B, negative_text_B)
+        counted_R = labels_R != IGNORE_INDEX
+        correct_R = (logits_R2.detach().argmax(dim=1) == labels_R) & counted_R
+        metrics = {
+            "itm_accuracy": correct_R.sum() / counted_R.sum(),
+            "itm_missing_negatives": 1.0 - (counted_R.sum() - len(negative_image_B)) / (2.0 * len(negative_image_B)),
+        }
+        return ObjectiveOutput(F.cross_entropy(logits_R2, labels_R, ignore_index=IGNORE_INDEX), metrics)
+
+    def _negatives(self, context: Stage1Context) -> tuple[Tensor, Tensor]:
+        forbidden_BG = context.same_image
+        if self.hard_negatives:
+            text_to_image_BG, image_to_text_BG = context.similarity_t2i, context.similarity_i2t
+        else:
+            text_to_image_BG = image_to_text_BG = torch.zeros(forbidden_BG.shape, device=forbidden_BG.device)
+        return (
+            sample_hard_negatives(text_to_image_BG, forbidden_BG, context.generator),
+            sample_hard_negatives(image_to_text_BG, forbidden_BG, context.generator),
+        )
+
+
+def matching_labels(negative_image: Tensor, negative_text: Tensor) -> Tensor:
+    """(3B,) labels in the order of the pairs: B ones, then zeros; pairs whose negative is missing are ignored."""
+    positive_B = torch.ones_like(negative_image)
+    drawn_N = torch.cat([negative_image, negative_text])
+    return torch.cat([positive_B, torch.where(drawn_N == NO_NEGATIVE, IGNORE_INDEX, 0)])
+
+
+def _pair_logits(context: Stage1Context, negative_image_B: Tensor, negative_text_B: Tensor) -> Tensor:
+    """(3B, 2) in one pass; a missing negative keeps its row (index 0), so that no shape depends on the data."""
+    image_B = context.image_tokens
+    image_G = context.gathered_image_tokens
+    ids_GT, mask_GT = context.gathered_text
+    own_B = context.own_column
+    text_rows_R = torch.cat([own_B, own_B, negative_text_B.clamp(min=0)])
+    images_RPI = torch.cat([image_B, image_G[negative_image_B.clamp(min=0)], image_B])
+    return context.model.matching_logits(images_RPI, ids_GT[text_rows_R], mask_GT[text_rows_R])

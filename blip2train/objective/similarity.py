@@ -1,0 +1,29 @@
+"""Image-text similarity: (B, Q, E) image features and (B, E) text features -> one number per pair.
+
+Implements section 3.2 of the paper: the largest cosine over the queries. One matrix product instead of LAVIS's
+broadcast one, which expands both sides to (B, G, Q, E) first.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from blip2train.objective.precision import full_precision, without_autocast
+
+
+def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Similarity of every image with every text, in float32 or better also under autocast.
+
+    Args:
+        image_features: (M, Q, E), normalised.
+        text_features: (N, E), normalised.
+
+    Returns:
+        (M, N): the largest dot product over the Q queries, not divided by the temperature. The gradient goes to the
+        winning query alone.
+    """
+    num_images, num_queries, width = image_features.shape
+    with without_autocast(image_features):
+        queries_RE = full_precision(image_features).reshape(num_images * num_queries, width)
+        products_RN = queries_RE @ full_precision(text_features).T
+        return products_RN.reshape(num_images, num_queries, -1).max(dim=1).values
