@@ -1,0 +1,121 @@
+"""Stage 1: images and texts -> features in one contrastive space, matching logits, caption logits.
+
+Implements section 3.2 (representation learning with a frozen image encoder). Holds the parts and names the steps;
+losses, negatives and ranks live in objective/. `ln_vision`, kept from LAVIS for its checkpoints, is not in the paper.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2train.errors import ConfigError
+from blip2train.model.freezing import freeze
+from blip2train.model.qformer.qformer import ImageKeysValues, QFormer, QueryStates
+from blip2train.model.vision_encoder.base import VisionEncoder
+
+
+class Blip2Stage1(nn.Module):
+    """Frozen vision encoder, Q-Former, and the heads of the three losses.
+
+    Args:
+        vision_encoder: an `nn.Module`; its image tokens are the Q-Former's context.
+        qformer: with its text branch.
+        contrastive_dim: width E of the contrastive space (256 in LAVIS; the paper does not say).
+        temperature: initial value of the learned divisor of the similarities (0.07 in LAVIS).
+        ln_vision: a trainable LayerNorm on the image tokens, eps 1e-5.
+        freeze_vision: keep the encoder out of training, in eval mode and without a graph.
+
+    Raises:
+        ConfigError: encoder and Q-Former disagree on the image width.
+    """
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoder,
+        qformer: QFormer,
+        contrastive_dim: int = 256,
+        temperature: float = 0.07,
+        ln_vision: bool = True,
+        freeze_vision: bool = True,
+    ) -> None:
+        super().__init__()
+        check_image_width(vision_encoder, qformer)
+        self.vision_encoder = vision_encoder
+        self.ln_vision = nn.LayerNorm(vision_encoder.embed_dim) if ln_vision else nn.Identity()
+        self.qformer = qformer
+        self.vision_proj = nn.Linear(qformer.hidden_size, contrastive_dim)
+        self.text_proj = nn.Linear(qformer.hidden_size, contrastive_dim)
+        self.itm_head = nn.Linear(qformer.hidden_size, 2)
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.freeze_vision = freeze_vision
+        if freeze_vision:
+            assert isinstance(vision_encoder, nn.Module)
+            freeze(vision_encoder)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode of the trainable parts; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.freeze_vision:
+            self.get_submodule("vision_encoder").eval()
+        return self
+
+    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Encode uint8 images (B, 3, h, w) and normalise the tokens (B, P, I)."""
+        return normalised_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
+
+    def encode_image(self, image_tokens: Tensor) -> QueryStates:
+        """Let the queries read image tokens (B, P, I)."""
+        return self.qformer.encode_image(image_tokens)
+
+    def image_features(self, hidden: Tensor) -> Tensor:
+        """Unit vectors (B, Q, E) of query states (B, Q, D), one per query."""
+        return F.normalize(self.vision_proj(hidden), dim=-1)
+
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Unit vectors (B, E) of texts (B, T): the [CLS] state of a pass that sees no image."""
+        return F.normalize(self.text_proj(self.qformer.encode_text(ids, mask, rows=1)[:, 0]), dim=-1)
+
+    def matching_logits(
+        self, image_tokens: Tensor | ImageKeysValues, ids: Tensor, mask: Tensor, image_rows: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, 2) of "does not match" and "matches": the two-class head averaged over the queries.
+
+        Args:
+            image_tokens: (N, P, I), or `QueryStates.image` of the same images.
+            ids: (B, T).
+            mask: (B, T) bool.
+            image_rows: (B,) int64, the image of each text; None pairs them in order.
+        """
+        logits_B2: Tensor = self.itm_head(self.qformer.fuse(image_tokens, ids, mask, image_rows)).mean(dim=1)
+        return logits_B2
+
+    def generation_logits(self, ids: Tensor, mask: Tensor, query: QueryStates) -> Tensor:
+        """Next-token logits (B, T, V) of texts (B, T) that start with [DEC], grounded in the queries' states."""
+        return self.qformer.lm_logits(self.qformer.decode(ids, mask, query))
+
+
+def check_image_width(vision_encoder: VisionEncoder, qformer: QFormer) -> None:
+    """Raise a ConfigError if the Q-Former was built for another encoder."""
+    if vision_encoder.embed_dim != qformer.image_dim:
+        raise ConfigError(
+            f"image tokens are {vision_encoder.embed_dim} wide, the Q-Former was built for {qformer.image_dim}",
+            where="model.qformer.image_dim",
+            fix=f"set it to the vision encoder's embed_dim, {vision_encoder.embed_dim}",
+        )
+
+
+def normalised_tokens(
+    vision_encoder: VisionEncoder, ln_vision: nn.Module, frozen: bool, pixel_values: Tensor
+) -> Tensor:
+    """Encode images, without a graph if the encoder is frozen, and apply `ln_vision`: (B, 3, h, w) -> (B, P, I)."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        raw_BPI = vision_encoder(pixel_values)
+    parameter = next(ln_vision.parameters(), None)
+    tokens_BPI: Tensor = ln_vision(raw_BPI if parameter is None else raw_BPI.to(parameter.dtype))
+    device = tokens_BPI.device.type
+    # one cast here instead of two per cross-attention layer, each of which autograd would keep
+    return tokens_BPI.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens_BPI

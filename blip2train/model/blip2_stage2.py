@@ -1,0 +1,91 @@
+"""Stage 2: images -> a visual prompt (B, Q, L) -> the frozen language model's logits for the text.
+
+Implements section 3.3 (generative learning from a frozen LLM): the Q-Former without its text branch and one linear
+projection train. As LAVIS, but the LLM stays in eval mode and one class serves every LLM.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from torch import Tensor, nn
+
+from blip2train.batch import Stage2Batch
+from blip2train.model.blip2_stage1 import check_image_width, normalised_tokens
+from blip2train.model.freezing import freeze
+from blip2train.model.language_model.base import GenerationSettings, LanguageModel, LanguageModelOutput
+from blip2train.model.qformer.qformer import QFormer
+from blip2train.model.vision_encoder.base import VisionEncoder
+
+
+class Blip2Stage2(nn.Module):
+    """Frozen vision encoder, Q-Former, projection, frozen language model.
+
+    Args:
+        vision_encoder: an `nn.Module`, as in stage 1.
+        qformer: loses its text branch here (`drop_text_branch`).
+        language_model: an `nn.Module`; always frozen.
+        ln_vision: a trainable LayerNorm on the image tokens, eps 1e-5.
+        freeze_vision: keep the encoder out of training, in eval mode and without a graph.
+
+    Raises:
+        ConfigError: encoder and Q-Former disagree on the image width.
+    """
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoder,
+        qformer: QFormer,
+        language_model: LanguageModel,
+        ln_vision: bool = True,
+        freeze_vision: bool = True,
+    ) -> None:
+        super().__init__()
+        check_image_width(vision_encoder, qformer)
+        qformer.drop_text_branch()
+        self.vision_encoder = vision_encoder
+        self.ln_vision = nn.LayerNorm(vision_encoder.embed_dim) if ln_vision else nn.Identity()
+        self.qformer = qformer
+        self.projection = nn.Linear(qformer.hidden_size, language_model.embed_dim)
+        self.language_model = language_model
+        self.freeze_vision = freeze_vision
+        assert isinstance(language_model, nn.Module)
+        freeze(language_model)
+        if freeze_vision:
+            assert isinstance(vision_encoder, nn.Module)
+            freeze(vision_encoder)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode of the trainable parts; frozen ones stay in eval mode."""
+        super().train(mode)
+        self.get_submodule("language_model").eval()
+        if self.freeze_vision:
+            self.get_submodule("vision_encoder").eval()
+        return self
+
+    def visual_prompt(self, pixel_values: Tensor) -> Tensor:
+        """Turn uint8 images (B, 3, h, w) into soft prompts (B, Q, L)."""
+        tokens_BPI = normalised_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
+        prompt_BQL: Tensor = self.projection(self.qformer.encode_image(tokens_BPI).hidden)
+        return prompt_BQL
+
+    def forward(self, batch: Stage2Batch) -> LanguageModelOutput:
+        """Predict the batch's targets from its images and prompts; logits (B, T', V) and targets come aligned."""
+        return self.language_model(self.visual_prompt(batch.pixel_values), batch)
+
+    def generate(
+        self, pixel_values: Tensor | None, prompt_ids: Tensor, prompt_mask: Tensor, settings: GenerationSettings
+    ) -> Tensor:
+        """Generate text for images.
+
+        Args:
+            pixel_values: (B, 3, h, w) uint8, or None for no image at all (the blind baseline).
+            prompt_ids: (B, Tp); Tp may be 0 with images.
+            prompt_mask: (B, Tp) bool; padding on either side.
+            settings: how to decode.
+
+        Returns:
+            New ids only (B, T), padded after each row's end token.
+        """
+        prompt_BQL = None if pixel_values is None else self.visual_prompt(pixel_values)
+        return self.language_model.generate(prompt_BQL, prompt_ids, prompt_mask, settings)

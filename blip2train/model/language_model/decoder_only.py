@@ -1,0 +1,155 @@
+"""Any causal language model of transformers (OPT, LLaMA, ...) behind a visual prompt: (B, Q, L) and text -> logits.
+
+Implements section 3.3, decoder-based LLMs: visual prompt, prompt, target in one sequence, loss on the target only.
+LAVIS has one class per LLM, leaves dropout on and projects the visual prompt's positions to the vocabulary too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from blip2train.batch import IGNORE_INDEX, Stage2Batch
+from blip2train.errors import ConfigError
+from blip2train.model.freezing import freeze
+from blip2train.model.language_model.base import (
+    GenerationSettings,
+    LanguageModelOutput,
+    ModelSource,
+    load_model,
+    pack,
+    to_generation_config,
+)
+
+
+class DecoderOnly(nn.Module):
+    """A frozen causal LM.
+
+    Training sequences are packed (padding only at the end), so causality alone keeps real tokens from seeing padding:
+    no mask is passed, positions count from 0 in every architecture, and attention takes its fastest path.
+
+    Args:
+        path_or_config: local folder or hub name; or a transformers config (object or mapping with `model_type`).
+        dtype: number format of the weights: "float32", "float16" or "bfloat16".
+        weights: False builds a folder's architecture with random weights.
+        overrides: single fields of the transformers config to change.
+    """
+
+    def __init__(
+        self,
+        path_or_config: ModelSource,
+        dtype: str = "float32",
+        weights: bool = True,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = load_model(AutoModelForCausalLM, path_or_config, dtype, weights, overrides or {})
+        freeze(self)
+
+    @property
+    def embed_dim(self) -> int:
+        width: int = self.model.get_input_embeddings().embedding_dim
+        return width
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: frozen means no dropout either."""
+        return super().train(False)
+
+    def forward(self, visual_prompt: Tensor | None, batch: Stage2Batch) -> LanguageModelOutput:
+        """Predict the target after visual prompt and prompt.
+
+        Args:
+            visual_prompt: (B, Q, L), or None for no image.
+            batch: prompt may be empty; padding may be on either side.
+
+        Returns:
+            Logits (B, Tt, V) and targets (B, Tt). A row's first target is ignored where nothing precedes it (no image
+            and an empty prompt): there is no position that could predict it.
+        """
+        target_BT = _left_justified(batch.target_ids, batch.target_mask)
+        parts = [
+            *self._prompt_parts(visual_prompt, batch.prompt_ids, batch.prompt_mask),
+            (self._embed(batch.target_ids), batch.target_mask),
+        ]
+        embeddings_BML, _ = pack(parts, side="right")
+        num_targets, num_prompt = batch.target_ids.shape[1], batch.prompt_ids.shape[1]
+        length = embeddings_BML.shape[1]
+        # positions before the prompt's last visual token predict no target: they are not projected to the vocabulary
+        num_kept = min(num_prompt + num_targets + 1, length)
+        logits_BNV = self._run(embeddings_BML, num_kept)
+        start_B = batch.prompt_mask.sum(dim=1) + (length - num_prompt - num_targets)
+        position_BT = start_B[:, None] - 1 + torch.arange(num_targets, device=target_BT.device)
+        targets_BT = target_BT.masked_fill(position_BT < 0, IGNORE_INDEX)
+        row_BT = (position_BT - (length - num_kept)).clamp(min=0)
+        return LanguageModelOutput(
+            _take(logits_BNV, row_BT, aligned=num_prompt == 0 and visual_prompt is not None), targets_BT
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, visual_prompt: Tensor | None, prompt_ids: Tensor, prompt_mask: Tensor, settings: GenerationSettings
+    ) -> Tensor:
+        """Continue the visual prompt (B, Q, L) and prompt (B, Tp).
+
+        Returns:
+            New ids only (B, T), padded after each row's end token.
+
+        Raises:
+            ConfigError: a row has neither image nor prompt.
+        """
+        embeddings_BML, mask_BM = pack(self._prompt_parts(visual_prompt, prompt_ids, prompt_mask), side="left")
+        if visual_prompt is None and (mask_BM.shape[1] == 0 or not bool(mask_BM.any(dim=1).all())):
+            raise ConfigError(
+                "nothing to continue: a row has no image and an empty prompt",
+                where="the benchmark's prompt",
+                fix="give the blind run a prompt",
+            )
+        with self._precision(embeddings_BML):
+            ids_BT: Tensor = self.model.generate(
+                inputs_embeds=embeddings_BML,
+                attention_mask=mask_BM.long(),
+                generation_config=to_generation_config(settings, self.model.config),
+            )
+        return ids_BT
+
+    def _prompt_parts(
+        self, visual_prompt_BQL: Tensor | None, prompt_ids_BT: Tensor, prompt_mask_BT: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        prompt_BTL = self._embed(prompt_ids_BT)
+        if visual_prompt_BQL is None:
+            return [(prompt_BTL, prompt_mask_BT)]
+        visible_BQ = prompt_mask_BT.new_ones(visual_prompt_BQL.shape[:2])
+        return [(visual_prompt_BQL.to(prompt_BTL.dtype), visible_BQ), (prompt_BTL, prompt_mask_BT)]
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        embedded_BTL: Tensor = self.model.get_input_embeddings()(ids_BT)
+        return embedded_BTL
+
+    def _run(self, embeddings_BML: Tensor, num_kept: int) -> Tensor:
+        with self._precision(embeddings_BML):
+            logits_BNV: Tensor = self.model(
+                inputs_embeds=embeddings_BML, use_cache=False, logits_to_keep=num_kept
+            ).logits
+        return logits_BNV.to(torch.promote_types(logits_BNV.dtype, torch.float32))
+
+    def _precision(self, embeddings: Tensor) -> torch.autocast:
+        """Half-precision weights compute in their own format; float32 weights follow the caller's autocast."""
+        device = embeddings.device.type
+        return torch.autocast(device, enabled=torch.is_autocast_enabled(device) and embeddings.dtype == torch.float32)
+
+
+def _left_justified(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Real ids first, in order; IGNORE_INDEX after them."""
+    order_BT = (~mask_BT).to(torch.uint8).argsort(dim=1, stable=True)
+    return ids_BT.masked_fill(~mask_BT, IGNORE_INDEX).gather(1, order_BT)
+
+
+def _take(logits_BNV: Tensor, row_BT: Tensor, *, aligned: bool) -> Tensor:
+    if aligned:
+        # the same rows everywhere: a view instead of a gather over the vocabulary
+        return logits_BNV[:, : row_BT.shape[1]]
+    return logits_BNV.gather(1, row_BT[:, :, None].expand(-1, -1, logits_BNV.shape[2]))

@@ -1,0 +1,153 @@
+"""Any sequence-to-sequence model of transformers (Flan-T5, ...) behind a visual prompt: (B, Q, L) and text -> logits.
+
+Implements section 3.3, encoder-decoder LLMs: visual prompt and prefix to the encoder, suffix as the decoder's target.
+LAVIS leaves the LLM's dropout on; here it is in eval mode, and float16, in which T5 overflows, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM
+
+from blip2train.batch import IGNORE_INDEX, Stage2Batch
+from blip2train.errors import ConfigError
+from blip2train.model.freezing import freeze
+from blip2train.model.language_model.base import (
+    GenerationSettings,
+    LanguageModelOutput,
+    ModelSource,
+    load_model,
+    pack,
+    to_generation_config,
+)
+
+
+class EncoderDecoder(nn.Module):
+    """A frozen encoder-decoder LM.
+
+    Args:
+        path_or_config: local folder or hub name; or a transformers config (object or mapping with `model_type`).
+        dtype: number format of the weights: "float32" or "bfloat16".
+        weights: False builds a folder's architecture with random weights.
+        overrides: single fields of the transformers config to change; LAVIS, for one, runs Flan-T5 with
+            `dense_act_fn: gelu` in place of its `gelu_new`.
+
+    Raises:
+        ConfigError: float16, or a model that does not say with which token its decoder starts.
+    """
+
+    def __init__(
+        self,
+        path_or_config: ModelSource,
+        dtype: str = "float32",
+        weights: bool = True,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype == "float16":
+            raise ConfigError(
+                "T5-like models overflow in float16",
+                where="model.language_model.dtype",
+                fix="bfloat16, as in the paper",
+            )
+        self.model = load_model(AutoModelForSeq2SeqLM, path_or_config, dtype, weights, overrides or {})
+        self.start_id = _start_id(self.model.config)
+        freeze(self)
+
+    @property
+    def embed_dim(self) -> int:
+        width: int = self.model.get_input_embeddings().embedding_dim
+        return width
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: frozen means no dropout either."""
+        return super().train(False)
+
+    def forward(self, visual_prompt: Tensor | None, batch: Stage2Batch) -> LanguageModelOutput:
+        """Predict the target from visual prompt and prompt.
+
+        Args:
+            visual_prompt: (B, Q, L), or None for no image.
+            batch: the prompt is the prefix; padding may be on either side of it. Targets are padded on the right.
+
+        Returns:
+            Logits (B, Tt, V) and targets (B, Tt).
+
+        Raises:
+            ConfigError: a row has neither image nor prompt.
+        """
+        embeddings_BML, mask_BM = self._encoder_inputs(visual_prompt, batch.prompt_ids, batch.prompt_mask)
+        with self._precision(embeddings_BML):
+            logits_BTV: Tensor = self.model(
+                inputs_embeds=embeddings_BML,
+                attention_mask=mask_BM.long(),
+                decoder_input_ids=_shift_right(batch.target_ids, batch.target_mask, self.start_id),
+                use_cache=False,
+            ).logits
+        targets_BT = batch.target_ids.masked_fill(~batch.target_mask, IGNORE_INDEX)
+        return LanguageModelOutput(logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)), targets_BT)
+
+    @torch.no_grad()
+    def generate(
+        self, visual_prompt: Tensor | None, prompt_ids: Tensor, prompt_mask: Tensor, settings: GenerationSettings
+    ) -> Tensor:
+        """Answer the visual prompt (B, Q, L) and prompt (B, Tp).
+
+        Returns:
+            New ids only (B, T), padded after each row's end token.
+
+        Raises:
+            ConfigError: a row has neither image nor prompt.
+        """
+        embeddings_BML, mask_BM = self._encoder_inputs(visual_prompt, prompt_ids, prompt_mask)
+        with self._precision(embeddings_BML):
+            ids_BT: Tensor = self.model.generate(
+                inputs_embeds=embeddings_BML,
+                attention_mask=mask_BM.long(),
+                generation_config=to_generation_config(settings, self.model.config, self.start_id),
+            )
+        return ids_BT[:, 1:]
+
+    def _encoder_inputs(
+        self, visual_prompt_BQL: Tensor | None, prompt_ids_BT: Tensor, prompt_mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        prompt_BTL: Tensor = self.model.get_input_embeddings()(prompt_ids_BT)
+        parts = [(prompt_BTL, prompt_mask_BT)]
+        if visual_prompt_BQL is not None:
+            visible_BQ = prompt_mask_BT.new_ones(visual_prompt_BQL.shape[:2])
+            parts.insert(0, (visual_prompt_BQL.to(prompt_BTL.dtype), visible_BQ))
+        elif prompt_ids_BT.shape[1] == 0 or not bool(prompt_mask_BT.any(dim=1).all()):
+            raise ConfigError(
+                "nothing to read: a row has no image and an empty prompt",
+                where="the prompt of an encoder-decoder language model",
+                fix="give the blind run a prompt",
+            )
+        return pack(parts, side="right")
+
+    def _precision(self, embeddings: Tensor) -> torch.autocast:
+        """Half-precision weights compute in their own format; float32 weights follow the caller's autocast."""
+        device = embeddings.device.type
+        return torch.autocast(device, enabled=torch.is_autocast_enabled(device) and embeddings.dtype == torch.float32)
+
+
+def _start_id(config: Any) -> int:
+    start_id: int | None = config.decoder_start_token_id
+    if start_id is None:
+        start_id = config.pad_token_id
+    if start_id is None:
+        raise ConfigError(
+            f"{config.model_type} names neither decoder_start_token_id nor pad_token_id",
+            where="the language model's config.json",
+            fix="set model.language_model.overrides.decoder_start_token_id",
+        )
+    return start_id
+
+
+def _shift_right(target_ids_BT: Tensor, target_mask_BT: Tensor, start_id: int) -> Tensor:
+    """Decoder inputs: the start token, then each target but the last. Padding is never read by a real position."""
+    starts_B1 = target_ids_BT.new_full((len(target_ids_BT), 1), start_id)
+    return torch.cat([starts_B1, target_ids_BT.masked_fill(~target_mask_BT, start_id)[:, :-1]], dim=1)
