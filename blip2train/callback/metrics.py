@@ -1,0 +1,101 @@
+"""Step outputs -> one log entry per window: losses averaged over it, throughput, data wait, learning rates.
+
+Averages are over every batch since the last entry: a curve does not depend on which micro-batch happened to be last.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from blip2train import distributed
+from blip2train.errors import Blip2TrainError
+
+
+class NonFiniteLossError(Blip2TrainError):
+    """A loss became NaN or infinite; the run stops before it poisons the next checkpoint."""
+
+
+class MetricsCallback(pl.Callback):
+    """Logs `train/*`, `samples_per_second`, `data_wait_fraction`, `learning_rate`, `gradient_norm`, `memory_gb`.
+
+    Args:
+        every_steps: optimizer steps per log entry.
+    """
+
+    def __init__(self, every_steps: int = 10) -> None:
+        self.every_steps = every_steps
+        self._logged_step = -1
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._batches = self._samples = 0
+        self._wait_seconds = 0.0
+        self._gradient_norm: Tensor | None = None
+        self._window_start = self._batch_end = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reset()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._wait_seconds += time.perf_counter() - self._batch_end
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if (trainer.global_step + 1) % self.every_steps == 0:  # before clipping, and only where it is logged
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch_end = time.perf_counter()
+        for name, value in outputs["metrics"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._batches += 1
+        self._samples += outputs["samples"]
+        step = trainer.global_step
+        if step % self.every_steps == 0 and step != self._logged_step and step > 0:
+            self._log(trainer, step)
+
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
+        seconds = time.perf_counter() - self._window_start
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name].float() for name in names]) / self._batches
+        averages = (distributed.reduce_sum(means) / distributed.world_size()).tolist()
+        entry = dict(zip(names, averages, strict=True))
+        for name, value in entry.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"{name} is {value} at step {step}",
+                    where="training",
+                    fix="lower optim.lr, use trainer.precision=bf16-mixed instead of 16-mixed, or look at the data "
+                    "with `blip2train show batch`; the last checkpoint is from before this",
+                )
+        entry["samples_per_second"] = self._samples * distributed.world_size() / seconds
+        entry["data_wait_fraction"] = self._wait_seconds / seconds
+        entry["learning_rate"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        if self._gradient_norm is not None:
+            entry["gradient_norm"] = float(self._gradient_norm)
+        entry["memory_gb"] = peak_memory_gb(trainer.strategy.root_device)
+        for logger in trainer.loggers:
+            logger.log_metrics(entry, step=step)
+        self._logged_step = step
+        self._reset()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

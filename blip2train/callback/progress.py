@@ -1,0 +1,77 @@
+"""Progress of a training run: step of total, samples/s, ETA and losses; a bar on a terminal, lines in a log file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from blip2train import distributed
+
+log = logging.getLogger(__name__)
+
+
+class ProgressCallback(pl.Callback):
+    """Shows how far a run is.
+
+    Args:
+        title: what is running.
+        every_seconds: between two lines where the output is not a terminal.
+    """
+
+    def __init__(self, title: str = "training", every_seconds: float = 15.0) -> None:
+        self.title, self.every_seconds = title, every_seconds
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = self._last_line = time.monotonic()
+        self._first_step = trainer.global_step
+        self._samples = 0
+        console = Console(stderr=True)
+        if distributed.is_main() and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(
+                *columns, TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console
+            )
+            self._task = self._bar.add_task(self.title, total=trainer.max_steps, completed=self._first_step, status="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += outputs["samples"] * distributed.world_size()
+        now = time.monotonic()
+        due = now - self._last_line >= (0.5 if self._bar else self.every_seconds)
+        if not distributed.is_main() or not (due or trainer.global_step == trainer.max_steps):
+            return
+        self._last_line = now
+        step, seconds = trainer.global_step, now - self._started
+        losses = {name: value for name, value in outputs["metrics"].items() if name.endswith("loss")}
+        shown = " ".join(
+            f"{name.removeprefix('train/').removesuffix('_loss')} {float(v):.3f}" for name, v in losses.items()
+        )
+        status = f"{self._samples / seconds:.0f} samples/s  {shown}"
+        if self._bar:
+            self._bar.update(self._task, completed=step, status=status)
+        else:
+            eta = (trainer.max_steps - step) * seconds / max(step - self._first_step, 1)
+            log.info("%s %d/%d  %s  ETA %s", self.title, step, trainer.max_steps, status, format_seconds(eta))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """`75.4` -> `1:15`, `7325` -> `2:02:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,193 @@
+"""Trainable weights <-> one safetensors file with metadata, strict, with a report of every key.
+
+A checkpoint holds what was trained and nothing else: a stage-2 checkpoint must not contain an 11B language model.
+LAVIS loads with `strict=False` and never prints what was missing; here a surprise is an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blip2train.errors import CheckpointError
+from blip2train.model.freezing import trainable_state_dict
+from blip2train.run_dir import RunDir, read_json, write_json
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+TRAINER_STATE = "trainer.ckpt"
+METADATA = "metadata.json"
+
+STAGE1_ONLY = (
+    "vision_proj.*",
+    "text_proj.*",
+    "itm_head.*",
+    "temperature",
+    "qformer.*text*",
+    "qformer.lm_head.*",
+)
+"""What stage 2 leaves behind: the contrastive, matching and generation heads and the Q-Former's text branch."""
+
+STAGE2_ONLY = ("projection.*",)
+"""What stage 2 starts at random: the projection into the language model."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyReport:
+    """What happened to every key of a load: names are the model's own parameter names."""
+
+    source: str
+    loaded: tuple[str, ...]
+    dropped: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line per fate, with counts and the parts they belong to."""
+        rows = (("loaded", self.loaded), ("left behind", self.dropped), ("fresh", self.fresh))
+        lines = [f"weights from {self.source}"]
+        lines += [f"  {fate:<12}{len(keys):>5} tensors  {_parts(keys)}" for fate, keys in rows]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "loaded": len(self.loaded),
+            "dropped": list(self.dropped),
+            "fresh": list(self.fresh),
+        }
+
+
+def save_checkpoint(module: nn.Module, folder: Path, metadata: Mapping[str, Any]) -> Path:
+    """Write the trainable weights of `module` and their metadata into `folder`; returns the weights file.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable_state_dict(module).items()}
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        **metadata,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / WEIGHTS, metadata={"blip2train": json.dumps(facts)})
+        write_json(folder / METADATA, facts)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, folder) from error
+    return folder / WEIGHTS
+
+
+def disk_error(error: Exception, folder: Path) -> CheckpointError:
+    """Turn a failed write into an error that says how much room there is."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
+    cause = "the disk is full" if full else f"writing failed ({error})"
+    return CheckpointError(
+        f"could not write a checkpoint: {cause}; {free / 1e6:.0f} MB free",
+        where=str(folder),
+        fix="free some space or give another run_dir=; the last complete checkpoint is intact, resume=auto continues",
+    )
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Facts of a checkpoint folder: stage, step, parameters, format version."""
+    return read_json(folder / METADATA)
+
+
+def list_checkpoints(run: RunDir) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. A folder gets its final name only once it is whole."""
+    found = [path.parent for path in run.checkpoints.glob(f"step-*/{METADATA}")]
+    return sorted(found, key=lambda folder: folder.name)
+
+
+def find_checkpoint(run: RunDir, which: str = "last") -> Path:
+    """The checkpoint folder called `which` ("last" or "step-0000450") of a run."""
+    known = list_checkpoints(run)
+    if which == "last" and known:
+        return known[-1]
+    match = [folder for folder in known if folder.name == which]
+    if not match:
+        raise CheckpointError(
+            f"no checkpoint {which!r}",
+            where=str(run.checkpoints),
+            fix=f"known: {', '.join(folder.name for folder in known) or 'none; the run was stopped before its first'}",
+        )
+    return match[0]
+
+
+def load_weights(
+    module: nn.Module, weights: Path, *, leave: Sequence[str] = (), fresh: Sequence[str] = ()
+) -> KeyReport:
+    """Copy a weights file into the trainable parameters of `module`, strictly.
+
+    Args:
+        module: receives the weights; its frozen parameters are never touched.
+        weights: safetensors file written by `save_checkpoint`.
+        leave: patterns of keys in the file that may find no place in the module.
+        fresh: patterns of trainable parameters that the file may lack.
+
+    Raises:
+        CheckpointError: a key is unexpected, missing or of another shape; lists all of them.
+    """
+    if not weights.is_file():
+        raise CheckpointError(
+            "no such weights file", where=str(weights), fix="give a run folder that holds a checkpoint"
+        )
+    state = _read(weights)
+    wanted = trainable_state_dict(module)
+    dropped = [name for name in state if name not in wanted]
+    missing = [name for name in wanted if name not in state]
+    problems = [f"unexpected in the file: {name}" for name in dropped if not _matches(name, leave)]
+    problems += [f"missing from the file: {name}" for name in missing if not _matches(name, fresh)]
+    loaded = [name for name in wanted if name in state]
+    problems += [
+        f"{name}: the file has {tuple(state[name].shape)}, the model {tuple(wanted[name].shape)}"
+        for name in loaded
+        if state[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "\n    ".join(problems[:12])
+        more = f"\n    ... and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(
+            f"{len(problems)} of {len(set(state) | set(wanted))} tensors do not fit:\n    {shown}{more}",
+            where=str(weights),
+            fix="build the model with the settings of the run that wrote the file (its config.yaml lies above it)",
+        )
+    with torch.no_grad():
+        for name in loaded:
+            wanted[name].copy_(state[name])
+    return KeyReport(str(weights), tuple(loaded), tuple(sorted(dropped)), tuple(sorted(missing)))
+
+
+def _read(weights: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"not a readable safetensors file ({error})", where=str(weights), fix="use an older checkpoint of the run"
+        ) from error
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _parts(names: Sequence[str]) -> str:
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + 1
+    return ", ".join(f"{part} {count}" for part, count in sorted(counts.items())) or "-"

@@ -1,0 +1,146 @@
+"""Checks across fields that composition cannot see; each fails before anything is read or built."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+STAGES = {
+    "blip2train.stage.stage1.Stage1Module": 1,
+    "blip2train.stage.stage2.Stage2Module": 2,
+}
+MODELS = {
+    "blip2train.model.blip2_stage1.Blip2Stage1": 1,
+    "blip2train.model.blip2_stage2.Blip2Stage2": 2,
+}
+MAY_CHANGE_ON_RESUME = ("trainer", "callback", "logger", "checkpoint", "paths", "benchmarks", "log_every_steps")
+"""Parts of a config that a resumed run may change; everything else decides what is learnt."""
+
+
+def stage_number(config: DictConfig) -> int:
+    """1 or 2, by the stage's class."""
+    return STAGES[config.stage._target_]
+
+
+def check_train(config: DictConfig) -> None:
+    """All checks of a training config.
+
+    Raises:
+        ConfigError: see each check.
+    """
+    if not config.stage or not config.model:
+        raise ConfigError(
+            "no stage chosen",
+            where="stage=, model=",
+            fix="choose an experiment=, or stage=stage1 model=blip2_stage1 ...",
+        )
+    _check_stage_and_model(config)
+    _check_init_from(config)
+    _check_global_batch(config)
+    _check_optim(config)
+    if config.resume not in ("auto", "never"):
+        raise ConfigError(f"resume is {config.resume!r}", where="resume", fix='use "auto" or "never"')
+
+
+def _check_stage_and_model(config: DictConfig) -> None:
+    stage, model = stage_number(config), MODELS[config.model._target_]
+    if stage != model:
+        raise ConfigError(
+            f"stage {stage} cannot train a stage-{model} model",
+            where=f"stage._target_={config.stage._target_}, model._target_={config.model._target_}",
+            fix=f"use model=blip2_stage{stage}, or stage=stage{model}",
+        )
+
+
+def _check_init_from(config: DictConfig) -> None:
+    if stage_number(config) == 2 and config.init_from is None:
+        raise ConfigError(
+            "stage 2 has no stage-1 weights to start from",
+            where="init_from",
+            fix="set init_from=<stage-1 run folder>, or init_from=scratch to skip stage 1 on purpose (an ablation)",
+        )
+    if config.init_from not in (None, "scratch"):
+        RunDir.open(config.init_from)
+
+
+def _check_global_batch(config: DictConfig) -> None:
+    devices, nodes = config.trainer.get("devices", 1), config.trainer.get("num_nodes", 1)
+    accumulate = config.trainer.get("accumulate_grad_batches", 1)
+    if not isinstance(devices, int) or devices < 1:
+        log.info("global batch: devices=%s is decided at start", devices)
+        return
+    batch = devices * nodes * config.data.batch_size * accumulate
+    log.info(
+        "global batch %d = %d nodes x %d devices x %d samples x %d accumulated; contrastive negatives come from %d",
+        batch,
+        nodes,
+        devices,
+        config.data.batch_size,
+        accumulate,
+        devices * nodes * config.data.batch_size,
+    )
+    if config.expected_global_batch and batch != config.expected_global_batch:
+        raise ConfigError(
+            f"the global batch is {batch}, the experiment expects {config.expected_global_batch}",
+            where="data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches",
+            fix=f"make their product {config.expected_global_batch}, or set expected_global_batch=null to mean it",
+        )
+
+
+def _check_optim(config: DictConfig) -> None:
+    if config.optim.warmup_steps >= config.trainer.max_steps:
+        raise ConfigError(
+            f"{config.optim.warmup_steps} warm-up steps in a run of {config.trainer.max_steps}",
+            where="optim.warmup_steps, trainer.max_steps",
+            fix="set optim.warmup_steps well below trainer.max_steps",
+        )
+
+
+def check_same_run(now: DictConfig, before: Any, run: RunDir) -> None:
+    """A resumed run must be the run it continues: name the values that differ.
+
+    Raises:
+        ConfigError: a value that decides what is learnt has changed.
+    """
+    changed = sorted(
+        f"{key}: {old!r} -> {new!r}"
+        for key, (old, new) in _differences(_learning_values(before), _learning_values(now)).items()
+    )
+    if changed:
+        raise ConfigError(
+            f"{len(changed)} settings differ from the run to be resumed:\n    " + "\n    ".join(changed[:10]),
+            where=str(run.config_path),
+            fix="give the same settings to continue it, or another run_dir= for a new run",
+        )
+
+
+def _learning_values(config: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    kept = {str(key): value for key, value in plain.items() if key not in MAY_CHANGE_ON_RESUME}
+    kept["trainer.precision"] = plain["trainer"].get("precision")
+    kept["trainer.accumulate_grad_batches"] = plain["trainer"].get("accumulate_grad_batches")
+    return _flat(kept)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, item in value.items()
+        for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    ignored = ("run_dir", "resume", "data.num_workers")
+    keys = (key for key in {**before, **now} if not key.startswith(ignored))
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}

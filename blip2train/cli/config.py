@@ -1,0 +1,177 @@
+"""Hydra's door: find the configs, compose them, and turn mistakes into errors that say which keys exist."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import blip2train
+from blip2train.errors import Blip2TrainError, ConfigError
+
+PACKAGE_DIR = Path(blip2train.__file__).resolve().parent
+
+
+def config_dir() -> Path:
+    """The shipped configs: inside an installed package, else beside the package of a checkout."""
+    for candidate in (PACKAGE_DIR / "configs", PACKAGE_DIR.parent / "configs"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise ConfigError("no configs found", where=str(PACKAGE_DIR), fix="reinstall blip2train; the wheel ships them")
+
+
+def run_id() -> str:
+    """One name per run, the same in every process of it: scheduler's job id or the time, kept in the environment."""
+    known = (os.environ.get(name) for name in ("BLIP2TRAIN_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
+    chosen = next((name for name in known if name and name != "none"), time.strftime("%Y%m%d-%H%M%S"))
+    os.environ["BLIP2TRAIN_RUN_ID"] = chosen
+    return chosen
+
+
+def register_resolvers() -> None:
+    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("package_dir", lambda: str(PACKAGE_DIR), replace=True)
+    OmegaConf.register_new_resolver("divide", lambda total, part: int(total) // int(part), replace=True)
+
+
+def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:
+    """Run `function` under Hydra with the arguments of this process; user errors end with one clear message."""
+    register_resolvers()
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
+    def job(config: DictConfig) -> None:
+        try:
+            function(config)
+        except Blip2TrainError as error:
+            stop(error)
+        except InstantiationException as error:
+            cause = find_user_error(error)
+            if cause is None:
+                raise
+            stop(cause)
+        except OmegaConfBaseException as error:
+            stop(ConfigError(str(error).splitlines()[0], where=str(error.full_key), fix="see --cfg job"))
+        except KeyboardInterrupt:
+            sys.stderr.write("\ninterrupted; what was finished is kept\n")
+            raise SystemExit(130) from None
+
+    try:
+        job()
+    except SystemExit as leaving:
+        if leaving.code == 1:  # Hydra has printed what it could not compose; add what exists
+            for hint in explain_overrides(config_name, sys.argv[1:]):
+                sys.stderr.write(hint + "\n")
+        raise
+
+
+def stop(error: Blip2TrainError) -> None:
+    sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+    raise SystemExit(2)
+
+
+def find_user_error(error: BaseException) -> Blip2TrainError | None:
+    """The error of ours that Hydra's `instantiate` wrapped, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Blip2TrainError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def compose(config_name: str, overrides: list[str]) -> DictConfig:
+    """Compose a config in-process (quickstart, tests); mistakes are `ConfigError`s that say which keys exist."""
+    register_resolvers()
+    active = GlobalHydra.instance().is_initialized()
+    try:
+        if active:
+            return hydra.compose(config_name, overrides)
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return hydra.compose(config_name, overrides)
+    except HydraException as error:
+        hints = explain_overrides(config_name, overrides)
+        raise ConfigError(
+            str(error).splitlines()[0], where=" ".join(overrides), fix="; ".join(hints) or "see --cfg job"
+        ) from error
+
+
+def explain_overrides(config_name: str, arguments: list[str]) -> list[str]:
+    """For each dotted override that names no existing key: which keys exist there, and the closest one."""
+    given = [item for item in arguments if "=" in item and item[0] not in "-+~"]
+    groups = [item for item in given if _is_group(item.split("=", 1)[0])]
+    values = [item.split("=", 1)[0] for item in given if item not in groups]
+    try:
+        register_resolvers()
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+            config = hydra.compose(config_name, groups)
+    except HydraException:
+        return []
+    return [hint for key in values if (hint := _explain_key(config, key))]
+
+
+def _is_group(key: str) -> bool:
+    return (config_dir() / key.split("@")[0]).is_dir()
+
+
+def _explain_key(config: DictConfig, key: str) -> str | None:
+    node: Any = config
+    walked: list[str] = []
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or part not in node:
+            known = sorted(map(str, node)) if isinstance(node, DictConfig) else []
+            close = difflib.get_close_matches(part, known, n=1)
+            place = ".".join(walked) or "the top level"
+            hint = f" Did you mean {'.'.join([*walked, close[0]])}?" if close else ""
+            return f"{key}: there is no {part!r} in {place}. It has: {', '.join(known) or 'no keys'}.{hint}"
+        walked.append(part)
+        node = OmegaConf.to_container(config) and node._get_node(part)
+        if isinstance(node, DictConfig) and node._is_interpolation():
+            node = OmegaConf.select(config, ".".join(walked))
+    return None
+
+
+def resolved_yaml(config: DictConfig) -> str:
+    """The config with every interpolation resolved, but package paths kept portable: a run folder may move."""
+    register_resolvers()
+    plain = OmegaConf.to_container(config, resolve=True)
+    return OmegaConf.to_yaml(OmegaConf.create(_portable(plain)))
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if isinstance(value, str) and value.startswith(str(PACKAGE_DIR)):
+        return "${package_dir:}" + value.removeprefix(str(PACKAGE_DIR))
+    return value
+
+
+def require_filled(config: DictConfig) -> None:
+    """Name every mandatory value (`???`) that nobody gave."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} mandatory values are not set: {', '.join(missing)}",
+            where=", ".join(missing),
+            fix="set them on the command line (key=value) or choose an experiment=",
+        )
+
+
+def quiet_libraries() -> None:
+    """Keep third-party chatter out of a user's log; warnings and errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("httpx", "pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,151 @@
+"""`blip2train evaluate`: run folder -> the model of its config with its trained weights -> eval/<benchmark>/."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from blip2train.cli import check
+from blip2train.cli.config import find_user_error, quiet_libraries, register_resolvers, require_filled, run_verb
+from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from blip2train.benchmark.base import BenchmarkResult, Progress
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    run_verb("evaluate", run)
+
+
+def run(config: DictConfig) -> None:
+    require_filled(config)
+    evaluate(config, RunDir.open(config.run))
+
+
+def evaluate(config: DictConfig, run: RunDir) -> dict[str, dict[str, float]]:
+    """Evaluate a run's checkpoint on benchmarks; writes and returns their metrics by benchmark name.
+
+    Args:
+        config: composed from evaluate.yaml. Its benchmarks, or those of the run's own config where it names none.
+        run: the run folder; the model is rebuilt from its config.yaml, never from the command line.
+
+    Raises:
+        ConfigError: no benchmark, or one that does not fit the run's stage.
+        CheckpointError: the run has no fitting checkpoint.
+    """
+    quiet_libraries()
+    trained = load_run_config(run)
+    whole = OmegaConf.merge(trained, {"paths": config.paths})
+    assert isinstance(whole, DictConfig)
+    if config.benchmarks:
+        whole.benchmarks = config.benchmarks
+    if not whole.benchmarks:
+        raise ConfigError("no benchmark chosen", where="benchmark=", fix="for instance benchmark=microworld_retrieval")
+    if config.limit:
+        for benchmark in whole.benchmarks.values():
+            benchmark.limit = config.limit
+    benchmarks = [_build_benchmark(name, part) for name, part in whole.benchmarks.items()]
+    _check_stage(whole, benchmarks, run)
+    device = choose_device(config.device)
+    model = load_model(whole, run, config.checkpoint).to(device)
+    results = {}
+    for benchmark in benchmarks:
+        with show_progress(benchmark.name) as progress:
+            result: BenchmarkResult = benchmark.run(model, device, progress)
+        run.write_eval(benchmark.name, result.metrics, result.predictions, result.images)
+        results[benchmark.name] = result.metrics
+        log.info("%s: %s", benchmark.name, _headline(result.metrics))
+    return results
+
+
+def load_run_config(run: RunDir) -> DictConfig:
+    """The config a run was trained with."""
+    register_resolvers()
+    config = OmegaConf.load(run.config_path)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def load_model(config: DictConfig, run: RunDir, checkpoint: str = "last") -> nn.Module:
+    """Build the model of a run's config and fill it with the weights of one of its checkpoints."""
+    from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, load_weights
+
+    weights = find_checkpoint(run, checkpoint) / WEIGHTS
+    model: nn.Module = instantiate(config.model)
+    report = load_weights(model, weights)
+    log.info("loaded %d trained tensors from %s", len(report.loaded), weights.parent)
+    return model.eval()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+@contextmanager
+def show_progress(title: str) -> Iterator[Progress]:
+    """A progress bar with rate and ETA on a terminal; on a log file, silence until the result."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _build_benchmark(name: str, part: DictConfig) -> Any:
+    try:
+        return instantiate(part)
+    except Exception as error:
+        if find_user_error(error) is not None:
+            raise
+        raise ConfigError(
+            f"benchmark {name!r} cannot be built: {str(error).splitlines()[0]}",
+            where=f"benchmarks.{name}",
+            fix="captioning and VQA need a stage-2 run (a language model), retrieval needs a stage-1 run",
+        ) from error
+
+
+def _check_stage(config: DictConfig, benchmarks: list[Any], run: RunDir) -> None:
+    stage = check.stage_number(config)
+    for benchmark in benchmarks:
+        if benchmark.stage != stage:
+            raise ConfigError(
+                f"{benchmark.name} evaluates stage-{benchmark.stage} models, {run.path} is a stage-{stage} run",
+                where="benchmark=",
+                fix="retrieval goes with stage 1, captioning and VQA with stage 2",
+            )
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    wanted: tuple[str, ...] = (
+        "text_recall@1",
+        "image_recall@1",
+        "text_recall@1_itm",
+        "image_recall@1_itm",
+        "vqa_accuracy",
+        "vqa_blind",
+    )
+    wanted += ("vqa_shuffled", "vqa_oracle", "caption_cider", "caption_cider_shuffled", "caption_true", "chance")
+    return "  ".join(f"{name} {metrics[name]:.2f}" for name in wanted if name in metrics)
+
+
+if __name__ == "__main__":
+    main()

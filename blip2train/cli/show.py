@@ -1,0 +1,166 @@
+"""`blip2train show batch|masks|params|config`: the newcomer's microscope. Overrides as for `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from blip2train.cli import check
+from blip2train.cli.config import quiet_libraries, register_resolvers, require_filled, run_verb
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+USAGE = """usage: blip2train show batch|masks|params|config  [overrides as for train]
+
+  batch    one batch of the data pipeline: every field with its shape, captions, and the images as show_batch.png
+  masks    the three self-attention masks of stage 1 (paper, figure 2), as a picture show_masks.png and as text
+  params   trainable and frozen parameters, part by part
+  config   the composed config, every interpolation resolved"""
+
+
+def main() -> None:
+    verbs = {"batch": show_batch, "masks": show_masks, "params": show_params, "config": show_config}
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in verbs:
+        (sys.stdout if name in {"-h", "--help"} else sys.stderr).write(USAGE + "\n")
+        raise SystemExit(0 if name in {"-h", "--help"} else 2)
+    del sys.argv[1]
+    sys.argv += ["hydra.run.dir=.", "hydra.job_logging.root.handlers=[console]"]
+    run_verb("train", verbs[name])
+
+
+def show_config(config: DictConfig) -> None:
+    register_resolvers()
+    sys.stdout.write(OmegaConf.to_yaml(config, resolve=True))
+
+
+def show_params(config: DictConfig) -> None:
+    """Part by part, from a model built as training builds it."""
+    require_filled(config)
+    check.check_train(config)
+    quiet_libraries()
+    from torch import nn
+
+    from blip2train.model.freezing import count_parameters
+
+    model = instantiate(config.model)
+    table = Table("part", "trainable", "frozen", "dtype", title=f"{config.name}: {config.model._target_}")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    parts = [*model.named_children(), *((name, value) for name, value in model.named_parameters(recurse=False))]
+    for name, part in parts:
+        tensors = list(part.parameters()) if isinstance(part, nn.Module) else [part]
+        counted = [sum(t.numel() for t in tensors if t.requires_grad is trained) for trained in (True, False)]
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+        table.add_row(name, *(f"{count:,}" for count in counted), ", ".join(sorted(dtypes)))
+    table.add_section()
+    table.add_row("all", *(f"{count:,}" for count in count_parameters(model)), "")
+    Console().print(table)
+
+
+def show_batch(config: DictConfig) -> None:
+    """One batch as training would see it first."""
+    require_filled(config)
+    check.check_train(config)
+    quiet_libraries()
+    import torch
+
+    torch.manual_seed(config.seed)
+    config.data.num_workers = 0
+    datamodule = instantiate(config.data)
+    batch = next(iter(datamodule.train_dataloader()))
+    console = Console()
+    table = Table("field", "shape", "dtype", "range", title=f"{type(batch).__name__} (legend: blip2train/batch.py)")
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            span = f"{value.min().item():g} .. {value.max().item():g}" if value.numel() else "empty"
+            table.add_row(field.name, str(tuple(value.shape)), str(value.dtype).removeprefix("torch."), span)
+        else:
+            table.add_row(field.name, f"({len(value)},)", type(value[0]).__name__, f"{value[0]} .. {value[-1]}")
+    console.print(table)
+    texts = _texts(batch, instantiate(config.data.collator.tokenizer))
+    for key, text in list(zip(batch.keys, texts, strict=True))[:8]:
+        console.print(f"  {key}: {text}", markup=False, highlight=False)
+    console.print(f"images: {_draw_batch(batch.pixel_values, texts)}")
+
+
+def _texts(batch: Any, tokenizer: Any) -> list[str]:
+    from blip2train.batch import Stage1Batch
+
+    if isinstance(batch, Stage1Batch):
+        decoded: list[str] = tokenizer.decode(batch.input_ids)
+        return decoded
+    prompts = tokenizer.decode(batch.prompt_ids) if batch.prompt_ids.shape[1] else [""] * len(batch)
+    targets = tokenizer.decode(batch.target_ids)
+    return [
+        f"[{prompt}] -> {target}" if prompt else f"-> {target}" for prompt, target in zip(prompts, targets, strict=True)
+    ]
+
+
+def _draw_batch(pixels_B3HW: Tensor, texts: list[str]) -> Path:
+    from matplotlib.figure import Figure
+
+    columns, shown = 4, min(len(texts), 12)
+    rows = -(-shown // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    for index in range(shown):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.imshow(pixels_B3HW[index].permute(1, 2, 0).numpy())
+        axes.set_title(texts[index], fontsize=7, wrap=True)
+        axes.set_axis_off()
+    out = Path("show_batch.png")
+    figure.savefig(out, dpi=110)
+    return out.resolve()
+
+
+def show_masks(config: DictConfig) -> None:
+    """The masks of a small example: 4 queries, 5 text tokens of which the last is padding."""
+    import torch
+    from matplotlib.figure import Figure
+
+    from blip2train.model.qformer import mask
+
+    num_queries, text_mask = 4, torch.tensor([[True, True, True, True, False]])
+    masks = {
+        "ITC: unimodal": mask.unimodal(num_queries, text_mask)[0],
+        "ITG: multimodal causal": mask.multimodal_causal(num_queries, text_mask)[0],
+        "ITM: bidirectional": mask.bidirectional(num_queries, text_mask)[0],
+    }
+    names = [f"q{index}" for index in range(num_queries)] + ["[CLS]", "a", "red", "dog", "pad"]
+    console = Console()
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    for place, (title, allowed_SS) in enumerate(masks.items()):
+        console.print(f"\n{title}   (row attends to column where marked)")
+        console.print("        " + " ".join(f"{name:>5}" for name in names), markup=False, highlight=False)
+        for name, row in zip(names, allowed_SS.tolist(), strict=True):
+            marks = " ".join(f"{'■' if allowed else '·':>5}" for allowed in row)
+            console.print(f"{name:>7} {marks}", markup=False, highlight=False)
+        _draw_mask(figure.add_subplot(1, 3, place + 1), title, allowed_SS, names, num_queries)
+    figure.suptitle("Who sees whom in the Q-Former's shared self-attention (BLIP-2, figure 2); coloured = may attend")
+    out = Path("show_masks.png")
+    figure.savefig(out, dpi=110)
+    console.print(f"\npicture: {out.resolve()}")
+
+
+def _draw_mask(axes: Any, title: str, allowed_SS: Tensor, names: list[str], num_queries: int) -> None:
+    axes.imshow(allowed_SS.numpy(), cmap="Blues", vmin=0, vmax=1.4)
+    axes.set_xticks(range(len(names)), names, rotation=60)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title(title)
+    axes.set_xlabel("attended to")
+    axes.set_ylabel("attending")
+    axes.axhline(num_queries - 0.5, color="black", linewidth=1)
+    axes.axvline(num_queries - 0.5, color="black", linewidth=1)
+
+
+if __name__ == "__main__":
+    main()

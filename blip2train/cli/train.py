@@ -1,0 +1,205 @@
+"""`blip2train train`: config -> datamodule, module, callbacks, trainer -> run folder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from blip2train.cli import check
+from blip2train.cli.config import quiet_libraries, require_filled, resolved_yaml, run_verb
+from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir, write_json
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch import nn
+
+    from blip2train.callback.interrupt import InterruptCallback
+    from blip2train.stage.common import WeightLoader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOutcome:
+    """How a training ended: the last optimizer step, and the signal that stopped it early, if any."""
+
+    run: RunDir
+    step: int
+    stopped_by: str | None
+
+
+def main() -> None:
+    run_verb("train", run)
+
+
+def run(config: DictConfig) -> None:
+    folder = RunDir(Path(HydraConfig.get().runtime.output_dir))
+    outcome = train(config, folder)
+    if outcome.stopped_by:
+        raise KeyboardInterrupt
+    log.info("done: %s\n  next: blip2train evaluate run=%s   then: blip2train report run=%s", *(folder.path,) * 3)
+
+
+def train(config: DictConfig, run: RunDir) -> TrainOutcome:
+    """Train what `config` describes into `run`; continues an unfinished run there when `resume` is "auto".
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see each; all but disk and data faults come before the first step.
+    """
+    require_filled(config)
+    check.check_train(config)
+    quiet_libraries()
+
+    import pytorch_lightning as pl
+    import torch
+
+    from blip2train.callback.interrupt import InterruptCallback
+
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    checkpoint = _checkpoint_to_resume(config, run)
+    pl.seed_everything(config.seed, verbose=False)
+    datamodule = instantiate(config.data)
+    load, notes = _weight_loader(config, checkpoint)
+    module = build_module(config, load)
+    _write_provenance(config, run, resumed=checkpoint is not None)
+    interrupt = InterruptCallback()
+    trainer = _build_trainer(config, run, interrupt, resume_step=_step_of(checkpoint))
+    trainer.fit(
+        module,
+        datamodule=datamodule,
+        ckpt_path=str(checkpoint / "trainer.ckpt") if checkpoint else None,
+        weights_only=True,
+    )
+    if trainer.is_global_zero:
+        _note_outcome(run, trainer, notes, interrupt.signal_name)
+    return TrainOutcome(run, trainer.global_step, interrupt.signal_name)
+
+
+def build_module(config: DictConfig, load: WeightLoader | None) -> pl.LightningModule:
+    """The LightningModule of a config; its model is built later, inside Lightning's `configure_model`."""
+    module: pl.LightningModule = instantiate(
+        config.stage,
+        build_model=functools.partial(instantiate, config.model),
+        build_optim=instantiate(config.optim),
+        seed=config.seed,
+        load_weights=load,
+    )
+    return module
+
+
+def _weight_loader(config: DictConfig, checkpoint: Path | None) -> tuple[WeightLoader | None, dict[str, Any]]:
+    """How a fresh model gets its weights, and a place where the loader notes what it did."""
+    from blip2train.checkpoint.io import STAGE1_ONLY, STAGE2_ONLY, WEIGHTS, find_checkpoint, load_weights
+
+    notes: dict[str, Any] = {}
+    leave: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    if checkpoint is not None:
+        weights = checkpoint / WEIGHTS
+    elif config.init_from in (None, "scratch"):
+        return None, notes
+    else:
+        weights = find_checkpoint(RunDir.open(config.init_from)) / WEIGHTS
+        if check.stage_number(config) == 2:
+            leave, fresh = STAGE1_ONLY, STAGE2_ONLY
+
+    def load(model: nn.Module) -> None:
+        report = load_weights(model, weights, leave=leave, fresh=fresh)
+        log.info(report.summary())
+        notes["init"] = report.as_json()
+
+    return load, notes
+
+
+def _checkpoint_to_resume(config: DictConfig, run: RunDir) -> Path | None:
+    """The last checkpoint of this run folder, if it has one and `resume` allows it."""
+    from blip2train.checkpoint.io import TRAINER_STATE, list_checkpoints
+
+    known = list_checkpoints(run)
+    if not known:
+        return None
+    if config.resume == "never":
+        raise ConfigError(
+            f"the run folder already holds {known[-1].name}",
+            where=f"run_dir={run.path}",
+            fix="use another run_dir=, delete this one, or resume=auto to continue it",
+        )
+    check.check_same_run(config, OmegaConf.load(run.config_path), run)
+    if not (known[-1] / TRAINER_STATE).is_file():
+        raise ConfigError(
+            f"{known[-1].name} has no trainer state, so it cannot be continued",
+            where=str(run.path),
+            fix="train with checkpoint.trainer_state=true, or start a new run with init_from= this folder",
+        )
+    log.info("resuming %s from %s", run.path, known[-1].name)
+    return known[-1]
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+
+
+def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback, *, resume_step: int) -> pl.Trainer:
+    from blip2train.callback.checkpoint import CheckpointCallback
+    from blip2train.callback.jsonl_logger import JsonlLogger
+    from blip2train.callback.metrics import MetricsCallback
+    from blip2train.callback.progress import ProgressCallback
+
+    stage = check.stage_number(config)
+    callbacks = [
+        MetricsCallback(config.log_every_steps),
+        ProgressCallback(f"stage {stage}"),
+        interrupt,
+        *instantiate(config.callback or {}).values(),
+        CheckpointCallback(run, metadata={"stage": stage, "name": config.name}, **config.checkpoint),
+    ]
+    loggers = [JsonlLogger(run, resume_step=resume_step)]
+    loggers += [instantiate(logger) for logger in (config.logger or {}).values()]
+    trainer: pl.Trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=str(run.path),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=config.log_every_steps,
+        num_sanity_val_steps=0,
+        max_epochs=-1,
+    )
+    return trainer
+
+
+def _write_provenance(config: DictConfig, run: RunDir, *, resumed: bool) -> None:
+    from blip2train import distributed
+    from blip2train.callback.provenance import describe_run
+    from blip2train.data.shards import expand_urls
+
+    if not distributed.is_main() or resumed:
+        return
+    shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.config_path.write_text(resolved_yaml(config), encoding="utf-8")
+    write_json(run.manifest_path, describe_run(seed=config.seed, command=sys.argv, shards=shards))
+
+
+def _note_outcome(run: RunDir, trainer: pl.Trainer, notes: dict[str, Any], stopped_by: str | None) -> None:
+    from blip2train.model.freezing import count_parameters
+
+    trainable, frozen = count_parameters(trainer.lightning_module.model)  # type: ignore[arg-type]
+    facts = {"trainable_parameters": trainable, "frozen_parameters": frozen, "steps": trainer.global_step}
+    write_json(run.manifest_path, run.read_manifest() | facts | notes | {"stopped_by": stopped_by})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+# Sourced by the other scripts: a virtual environment in .venv with the pinned packages, made once. Needs python3 and pip.
+#   BLIP2TRAIN_VENV   another place for it
+#   BLIP2TRAIN_EXTRAS what to install besides the core, e.g. dev,deepspeed
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+venv="${BLIP2TRAIN_VENV:-$root/.venv}"
+extras="${BLIP2TRAIN_EXTRAS:-}"
+
+# Same pins, same extras: nothing to do. A larger set of extras that is already there serves too.
+wanted="$(cat pyproject.toml constraints.txt blip2train/__init__.py | cksum | cut -d' ' -f1) $root"
+stamp="$venv/.blip2train"
+if ! { [ -f "$stamp" ] && [ "$(head -1 "$stamp")" = "$wanted" ] && grep -qE "^($extras|dev,deepspeed)$" <(tail -n +2 "$stamp"); }; then
+  started=$SECONDS
+  echo "setting up $venv (once; a few GB on a machine that has none of it)"
+  [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".${extras:+[$extras]}"
+  { echo "$wanted"; echo "$extras"; } > "$stamp"
+  echo "environment ready in $((SECONDS - started)) s"
+fi
+export PATH="$venv/bin:$PATH"
