@@ -1,0 +1,112 @@
+"""list[Sample] -> Stage1Batch or Stage2Batch: cleaning, prompts and tokens, in the loader's workers.
+
+Implements the text side of both stages (paper sections 3.2 and 3.3). LAVIS tokenizes inside `forward` on the training
+process; its FlanT5 stage 2 expects prefix and suffix from the data set, which no released data set has.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from blip2train.batch import Sample, Stage1Batch, Stage2Batch
+from blip2train.data.caption import clean_caption, split_prefix_suffix
+from blip2train.data.tokenizer import LanguageModelTokenizer, QFormerTokenizer
+
+
+class Stage1Collator:
+    """Makes the batches of stage 1.
+
+    Args:
+        tokenizer: of the Q-Former.
+        max_tokens: longest caption with [CLS] and [SEP] (LAVIS: 32).
+        clean: apply LAVIS's caption cleaning.
+    """
+
+    def __init__(self, tokenizer: QFormerTokenizer, max_tokens: int = 32, clean: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.clean = clean
+
+    def __call__(self, samples: list[Sample]) -> Stage1Batch:
+        input_ids, attention_mask = self.tokenizer(_captions(samples, self.clean), self.max_tokens)
+        return Stage1Batch(
+            pixel_values=_stack(samples),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
+            keys=[sample.key for sample in samples],
+        )
+
+
+class Stage2Collator:
+    """Makes the batches of stage 2, for both kinds of language model.
+
+    Args:
+        tokenizer: of the language model.
+        max_tokens: longest target with its end token, and longest prompt (LAVIS: 32 each).
+        prompt: text before every target ("a photo of"); for prefix language modelling, before every prefix.
+        prefix_split: cut the caption in two, uniformly between its first word and its middle: the prefix joins the
+            prompt, the rest is the target. A caption of one word has an empty prefix. For encoder-decoder models.
+        clean: apply LAVIS's caption cleaning.
+        seed: of the splits. A split depends on seed, key, caption and augmented pixels alone: repeatable on resume, and
+            fresh in every epoch, since the augmentation is.
+    """
+
+    def __init__(
+        self,
+        tokenizer: LanguageModelTokenizer,
+        max_tokens: int = 32,
+        prompt: str = "",
+        prefix_split: bool = False,
+        clean: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.prompt = prompt.strip()
+        self.prefix_split = prefix_split
+        self.clean = clean
+        self.seed = seed
+
+    def __call__(self, samples: list[Sample]) -> Stage2Batch:
+        prompts, texts = self.split(samples)
+        # byte-level BPE spells a word inside a sentence with its space; other tokenizers drop the space
+        targets = [f" {text}" if prompt else text for prompt, text in zip(prompts, texts, strict=True)]
+        # the start token opens what a decoder-only model reads; encoder-decoder tokenizers have none
+        prompt_ids, prompt_mask = self.tokenizer.encode(prompts, self.max_tokens, side="right", add_start=True)
+        target_ids, target_mask = self.tokenizer.encode(targets, self.max_tokens, side="right", add_end=True)
+        return Stage2Batch(
+            pixel_values=_stack(samples),
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            target_ids=target_ids,
+            target_mask=target_mask,
+            keys=[sample.key for sample in samples],
+        )
+
+    def split(self, samples: list[Sample]) -> tuple[list[str], list[str]]:
+        """Prompt and target text of each sample; what `blip2train show batch` prints."""
+        captions = _captions(samples, self.clean)
+        if not self.prefix_split:
+            return [self.prompt] * len(samples), captions
+        parts = [
+            split_prefix_suffix(caption.split(), self._generator(sample))
+            for sample, caption in zip(samples, captions, strict=True)
+        ]
+        prompts = [" ".join(filter(None, [self.prompt, *prefix])) for prefix, _ in parts]
+        return prompts, [" ".join(suffix) for _, suffix in parts]
+
+    def _generator(self, sample: Sample) -> torch.Generator:
+        key = zlib.crc32(f"{self.seed}/{sample.key}/{sample.caption}".encode())
+        return torch.Generator().manual_seed(zlib.crc32(sample.image[:, ::8, ::8].numpy().tobytes(), key))
+
+
+def _captions(samples: list[Sample], clean: bool) -> list[str]:
+    return [clean_caption(sample.caption) if clean else sample.caption for sample in samples]
+
+
+def _stack(samples: list[Sample]) -> Tensor:
+    return torch.stack([sample.image for sample in samples])
