@@ -48,9 +48,12 @@ def register_resolvers() -> None:
 def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:
     """Run `function` under Hydra with the arguments of this process; user errors end with one clear message."""
     register_resolvers()
+    composed = False
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
     def job(config: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         try:
             function(config)
         except Blip2TrainError as error:
@@ -69,7 +72,7 @@ def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:
     try:
         job()
     except SystemExit as leaving:
-        if leaving.code == 1:  # Hydra has printed what it could not compose; add what exists
+        if leaving.code == 1 and not composed:  # Hydra has printed what it could not compose; add what exists
             for hint in explain_overrides(config_name, sys.argv[1:]):
                 sys.stderr.write(hint + "\n")
         raise
@@ -129,16 +132,14 @@ def _explain_key(config: DictConfig, key: str) -> str | None:
     node: Any = config
     walked: list[str] = []
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or part not in node:
-            known = sorted(map(str, node)) if isinstance(node, DictConfig) else []
+        known = sorted(map(str, node.keys())) if isinstance(node, DictConfig) else []
+        if part not in known:
             close = difflib.get_close_matches(part, known, n=1)
             place = ".".join(walked) or "the top level"
             hint = f" Did you mean {'.'.join([*walked, close[0]])}?" if close else ""
             return f"{key}: there is no {part!r} in {place}. It has: {', '.join(known) or 'no keys'}.{hint}"
         walked.append(part)
-        node = OmegaConf.to_container(config) and node._get_node(part)
-        if isinstance(node, DictConfig) and node._is_interpolation():
-            node = OmegaConf.select(config, ".".join(walked))
+        node = OmegaConf.select(config, ".".join(walked), throw_on_resolution_failure=False)
     return None
 
 
@@ -168,6 +169,11 @@ def require_filled(config: DictConfig) -> None:
             where=", ".join(missing),
             fix="set them on the command line (key=value) or choose an experiment=",
         )
+
+
+def build(config: Any, **arguments: Any) -> Any:
+    """Instantiate `_target_`s; what they receive are plain dicts and lists, so no config leaks out of `cli/`."""
+    return hydra.utils.instantiate(config, _convert_="all", **arguments)
 
 
 def quiet_libraries() -> None:

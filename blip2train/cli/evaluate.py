@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
-from blip2train.cli.config import find_user_error, quiet_libraries, register_resolvers, require_filled, run_verb
+from blip2train.cli.config import build, find_user_error, quiet_libraries, register_resolvers, require_filled, run_verb
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir
 
@@ -82,7 +81,7 @@ def load_model(config: DictConfig, run: RunDir, checkpoint: str = "last") -> nn.
     from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, load_weights
 
     weights = find_checkpoint(run, checkpoint) / WEIGHTS
-    model: nn.Module = instantiate(config.model)
+    model: nn.Module = build(config.model)
     report = load_weights(model, weights)
     log.info("loaded %d trained tensors from %s", len(report.loaded), weights.parent)
     return model.eval()
@@ -112,7 +111,7 @@ def show_progress(title: str) -> Iterator[Progress]:
 
 def _build_benchmark(name: str, part: DictConfig) -> Any:
     try:
-        return instantiate(part)
+        return build(part)
     except Exception as error:
         if find_user_error(error) is not None:
             raise

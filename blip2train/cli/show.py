@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from blip2train.cli import check
-from blip2train.cli.config import quiet_libraries, register_resolvers, require_filled, run_verb
+from blip2train.cli.config import build, quiet_libraries, register_resolvers, require_filled, run_verb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +50,7 @@ def show_params(config: DictConfig) -> None:
 
     from blip2train.model.freezing import count_parameters
 
-    model = instantiate(config.model)
+    model = build(config.model)
     table = Table("part", "trainable", "frozen", "dtype", title=f"{config.name}: {config.model._target_}")
     for column in table.columns[1:3]:
         column.justify = "right"
@@ -75,7 +74,7 @@ def show_batch(config: DictConfig) -> None:
 
     torch.manual_seed(config.seed)
     config.data.num_workers = 0
-    datamodule = instantiate(config.data)
+    datamodule = build(config.data)
     batch = next(iter(datamodule.train_dataloader()))
     console = Console()
     table = Table("field", "shape", "dtype", "range", title=f"{type(batch).__name__} (legend: blip2train/batch.py)")
@@ -87,7 +86,7 @@ def show_batch(config: DictConfig) -> None:
         else:
             table.add_row(field.name, f"({len(value)},)", type(value[0]).__name__, f"{value[0]} .. {value[-1]}")
     console.print(table)
-    texts = _texts(batch, instantiate(config.data.collator.tokenizer))
+    texts = _texts(batch, build(config.data.collator.tokenizer))
     for key, text in list(zip(batch.keys, texts, strict=True))[:8]:
         console.print(f"  {key}: {text}", markup=False, highlight=False)
     console.print(f"images: {_draw_batch(batch.pixel_values, texts)}")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
-from blip2train.cli.config import quiet_libraries, require_filled, resolved_yaml, run_verb
+from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, write_json
 
@@ -68,7 +67,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         torch.set_num_threads(config.num_threads)
     checkpoint = _checkpoint_to_resume(config, run)
     pl.seed_everything(config.seed, verbose=False)
-    datamodule = instantiate(config.data)
+    datamodule = build(config.data)
     load, notes = _weight_loader(config, checkpoint)
     module = build_module(config, load)
     _write_provenance(config, run, resumed=checkpoint is not None)
@@ -87,10 +86,10 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
 
 def build_module(config: DictConfig, load: WeightLoader | None) -> pl.LightningModule:
     """The LightningModule of a config; its model is built later, inside Lightning's `configure_model`."""
-    module: pl.LightningModule = instantiate(
+    module: pl.LightningModule = build(
         config.stage,
-        build_model=functools.partial(instantiate, config.model),
-        build_optim=instantiate(config.optim),
+        build_model=functools.partial(build, config.model),
+        build_optim=build(config.optim),
         seed=config.seed,
         load_weights=load,
     )
@@ -160,12 +159,12 @@ def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback
         MetricsCallback(config.log_every_steps),
         ProgressCallback(f"stage {stage}"),
         interrupt,
-        *instantiate(config.callback or {}).values(),
+        *build(config.callback or {}).values(),
         CheckpointCallback(run, metadata={"stage": stage, "name": config.name}, **config.checkpoint),
     ]
     loggers = [JsonlLogger(run, resume_step=resume_step)]
-    loggers += [instantiate(logger) for logger in (config.logger or {}).values()]
-    trainer: pl.Trainer = instantiate(
+    loggers += [build(logger) for logger in (config.logger or {}).values()]
+    trainer: pl.Trainer = build(
         config.trainer,
         callbacks=callbacks,
         logger=loggers,

@@ -40,13 +40,29 @@ class QFormerTokenizer:
         self.vocab_size: int = len(tokenizer)
 
     @classmethod
-    def load(cls, path_or_dir: str | Path) -> Self:
+    def load(cls, path: str | Path, vocab_size: int | None = None, dec_id: int | None = None) -> Self:
         """Load a saved tokenizer, a folder with only `vocab.txt`, or a model hub name.
 
+        Args:
+            path: local folder or hub name.
+            vocab_size: number of tokens, [DEC] included, that the model is built for; checked where given.
+            dec_id: id of [DEC] that the generation loss uses; checked where given.
+
         Raises:
-            ConfigError: nothing loadable there.
+            ConfigError: nothing loadable there, or its numbers are not the stated ones.
         """
-        return cls(_load(path_or_dir))
+        loaded = cls(_load(path))
+        for name, stated, found in (
+            ("vocab_size", vocab_size, loaded.vocab_size),
+            ("dec_id", dec_id, loaded.dec_id),
+        ):
+            if stated is not None and stated != found:
+                raise ConfigError(
+                    f"{name} is stated as {stated}, the tokenizer in {str(path)!r} has {found}",
+                    where=f"tokenizer.{name}",
+                    fix=f"set tokenizer.{name}={found}; weights trained with another vocabulary will not fit",
+                )
+        return loaded
 
     def __call__(self, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
         """Encode B texts to ids and mask (B, T), T the longest of them and at most `max_length`.
@@ -82,13 +98,13 @@ class LanguageModelTokenizer:
         self.vocab_size: int = len(tokenizer)
 
     @classmethod
-    def load(cls, path_or_dir: str | Path, end_token: str | None = None) -> Self:
+    def load(cls, path: str | Path, end_token: str | None = None) -> Self:
         """Load a saved tokenizer or a model hub name.
 
         Raises:
             ConfigError: nothing loadable there, or `end_token` is not exactly one token.
         """
-        return cls(_load(path_or_dir), end_token)
+        return cls(_load(path), end_token)
 
     def encode(
         self,
@@ -128,20 +144,20 @@ class LanguageModelTokenizer:
         return texts
 
 
-def _load(path_or_dir: str | Path) -> Any:
+def _load(path: str | Path) -> Any:
     from transformers import AutoTokenizer, BertTokenizer  # seconds of import: only where a tokenizer is wanted
 
-    folder = Path(path_or_dir)
+    folder = Path(path)
     saved = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "config.json"))
     if (folder / "vocab.txt").is_file() and not saved:
         words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, do_lower_case=True)
     try:
-        return AutoTokenizer.from_pretrained(str(path_or_dir))
+        return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"no tokenizer in {str(path_or_dir)!r} ({reason})",
+            f"no tokenizer in {str(path)!r} ({reason})",
             where="tokenizer",
             fix="give a folder with tokenizer.json or vocab.txt, or the name of a model on the hub (network once)",
         ) from error

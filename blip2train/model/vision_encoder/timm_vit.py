@@ -43,6 +43,7 @@ class TimmVisionEncoder(nn.Module):
         pretrained: let timm download the weights that belong to `name`.
         weights: local .safetensors or .pth file instead.
         model_args: further arguments of `timm.create_model`.
+        embed_dim: vision width I that the Q-Former is built for; checked where given.
         dtype: number format of the weights: "float32", "float16" or "bfloat16".
 
     Raises:
@@ -62,6 +63,7 @@ class TimmVisionEncoder(nn.Module):
         pretrained: bool = False,
         weights: str | None = None,
         model_args: Mapping[str, Any] | None = None,
+        embed_dim: int | None = None,
         dtype: str = "float32",
     ) -> None:
         super().__init__()
@@ -75,6 +77,12 @@ class TimmVisionEncoder(nn.Module):
             logger.warning("vision encoder %s has random weights (neither `pretrained` nor `weights` is set)", name)
         self.backbone = backbone.to(to_dtype(dtype, where="model.vision_encoder.dtype"))
         self.embed_dim: int = backbone.embed_dim
+        if embed_dim is not None and embed_dim != self.embed_dim:
+            raise ConfigError(
+                f"embed_dim is stated as {embed_dim}, {name} has {self.embed_dim}",
+                where="model.vision_encoder.embed_dim",
+                fix=f"set model.vision_encoder.embed_dim={self.embed_dim}",
+            )
         self.num_tokens: int = backbone.patch_embed.num_patches + backbone.num_prefix_tokens
         scale = 255.0
         self.register_buffer("mean", torch.tensor(image.mean).view(1, 3, 1, 1) * scale, persistent=False)
