@@ -1,12 +1,12 @@
 """Layout of one run folder: the contract between train, evaluate and report. Imports no torch.
 
-    config.yaml                          the resolved config
-    manifest.json                        versions, git commit, seed, shard hash, exact command
-    metrics.jsonl                        one object per logged step: "step", "train/loss", ...
-    checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
-    eval/<benchmark>/metrics.json        name -> number
-    eval/<benchmark>/predictions.jsonl   one object per prediction
-    eval/<benchmark>/images/<key>.jpg    small pictures of the records that the report may show (key percent-encoded)
+config.yaml                          the resolved config
+manifest.json                        versions, git commit, seed, shard hash, exact command
+metrics.jsonl                        one object per logged step: "step", "train/loss", ...
+checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
+eval/<benchmark>/metrics.json        name -> number
+eval/<benchmark>/predictions.jsonl   one object per prediction
+eval/<benchmark>/images/<key>.jpg    small pictures of the records that the report may show (key percent-encoded)
 """
 
 from __future__ import annotations
