@@ -114,15 +114,23 @@ class Stage1Context:
         image_ids_G = distributed.gather(self.batch.image_ids)
         return self.batch.image_ids[:, None] == image_ids_G[None, :]
 
-    @cached_property
-    def gathered_image_tokens(self) -> Tensor:
-        """(G, P, I), always with gradient, as in LAVIS.
+    def images_and_negatives(self, negative_image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens of this batch and of drawn negatives, and the rows (2B,) of the own and the negative images.
 
-        A negative from another rank passes through that rank's layer norm; without its gradient N ranks would not
-        give the gradient of one. The whole block travels (1.2 GB per rank in half precision at batch 1680); sending
-        the drawn rows alone would give the same sum.
+        On one process the tokens are just `image_tokens`. Over ranks they are (2B, P, I), and the gathering keeps the
+        gradient whatever `gather_gradients` says, as in LAVIS: a negative from another rank went through that rank's
+        layer norm, and without its gradient N ranks would not give the gradient of one. The whole block travels (1.2 GB
+        per rank in half precision at batch 1680); sending the drawn rows alone would give the same sum.
+
+        Args:
+            negative_image: (B,) columns among the G gathered images.
         """
-        return distributed.gather(self.image_tokens, with_grad=True)
+        batch_size = len(self.batch)
+        own_B = self.own_column - self.own_column[0]
+        if distributed.world_size() == 1:
+            return self.image_tokens, torch.cat([own_B, negative_image])
+        drawn_BPI = distributed.gather(self.image_tokens, with_grad=True)[negative_image]
+        return torch.cat([self.image_tokens, drawn_BPI]), torch.cat([own_B, own_B + batch_size])
 
     @cached_property
     def gathered_text(self) -> tuple[Tensor, Tensor]:

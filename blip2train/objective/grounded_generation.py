@@ -30,17 +30,26 @@ class GroundedGenerationObjective:
 
     def __call__(self, context: Stage1Context) -> ObjectiveOutput:
         """Loss and next-token accuracy; a batch of empty texts still predicts [SEP]."""
-        ids_BT, targets_BT = generation_inputs(context.batch.input_ids, context.batch.attention_mask, self.dec_id)
-        logits_BTV = context.model.generation_logits(ids_BT, context.batch.attention_mask, context.query)
-        # position t predicts token t + 1; the last position predicts nothing
-        predicting_BTV = logits_BTV[:, :-1]
-        loss = next_token_loss(predicting_BTV, targets_BT, self.label_smoothing)
-        return ObjectiveOutput(loss, {"itg_token_accuracy": token_accuracy(predicting_BTV, targets_BT)})
+        ids_BT, mask_BT, targets_BT = generation_inputs(
+            context.batch.input_ids, context.batch.attention_mask, self.dec_id
+        )
+        logits_BTV = context.model.generation_logits(ids_BT, mask_BT, context.query)
+        loss = next_token_loss(logits_BTV, targets_BT, self.label_smoothing)
+        return ObjectiveOutput(loss, {"itg_token_accuracy": token_accuracy(logits_BTV, targets_BT)})
 
 
-def generation_inputs(input_ids: Tensor, attention_mask: Tensor, dec_id: int) -> tuple[Tensor, Tensor]:
-    """Decoder inputs (B, T) that start with [DEC], and the targets (B, T - 1) of all positions but the last."""
+def generation_inputs(input_ids: Tensor, attention_mask: Tensor, dec_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift a text against itself: position t of the inputs predicts token t + 1.
+
+    Args:
+        input_ids: (B, T), starting with [CLS].
+        attention_mask: (B, T) bool.
+        dec_id: takes the place of [CLS].
+
+    Returns:
+        Input ids and mask without the last position, which predicts nothing, and targets: each (B, T - 1).
+    """
     start_B1 = torch.full_like(input_ids[:, :1], dec_id)
-    ids_BT = torch.cat([start_B1, input_ids[:, 1:]], dim=1)
+    ids_BT = torch.cat([start_B1, input_ids[:, 1:]], dim=1)[:, :-1]
     targets_BT = input_ids[:, 1:].masked_fill(~attention_mask[:, 1:], IGNORE_INDEX)
-    return ids_BT, targets_BT
+    return ids_BT, attention_mask[:, :-1], targets_BT

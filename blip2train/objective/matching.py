@@ -90,10 +90,8 @@ def matching_labels(negative_image: Tensor, negative_text: Tensor) -> Tensor:
 
 def _pair_logits(context: Stage1Context, negative_image_B: Tensor, negative_text_B: Tensor) -> Tensor:
     """(3B, 2) in one pass; a missing negative keeps its row (index 0), so that no shape depends on the data."""
-    image_B = context.image_tokens
-    image_G = context.gathered_image_tokens
+    images_NPI, rows_2B = context.images_and_negatives(negative_image_B.clamp(min=0))
+    image_rows_R = torch.cat([rows_2B, rows_2B[: len(negative_image_B)]])
     ids_GT, mask_GT = context.gathered_text
-    own_B = context.own_column
-    text_rows_R = torch.cat([own_B, own_B, negative_text_B.clamp(min=0)])
-    images_RPI = torch.cat([image_B, image_G[negative_image_B.clamp(min=0)], image_B])
-    return context.model.matching_logits(images_RPI, ids_GT[text_rows_R], mask_GT[text_rows_R])
+    text_rows_R = torch.cat([context.own_column, context.own_column, negative_text_B.clamp(min=0)])
+    return context.model.matching_logits(images_NPI, ids_GT[text_rows_R], mask_GT[text_rows_R], image_rows_R)

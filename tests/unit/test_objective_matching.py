@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+from fake_stage1 import fake_batch, fake_model
+
+from blip2train.batch import IGNORE_INDEX
+from blip2train.objective import matching
+from blip2train.objective.context import build_context
+from blip2train.objective.matching import NO_NEGATIVE, MatchingObjective, matching_labels, sample_hard_negatives
+
+
+def test_negatives_follow_the_softmax_over_the_allowed_columns() -> None:
+    logits = [0.5, 2.0, -1.0, 3.0]
+    forbidden_1G = torch.tensor([[False, False, False, True]])
+    draws = 40_000
+    drawn = sample_hard_negatives(
+        torch.tensor([logits]).expand(draws, -1),
+        forbidden_1G.expand(draws, -1),
+        torch.Generator().manual_seed(0),
+    )
+    weights = [math.exp(value) for value in logits[:3]]
+    for column, weight in enumerate(weights):
+        expected = weight / sum(weights)
+        error = math.sqrt(expected * (1 - expected) / draws)
+        assert abs(float((drawn == column).double().mean()) - expected) < 4 * error
+    assert not (drawn == 3).any()
+
+
+def test_forbidden_columns_are_never_drawn_even_when_far_ahead() -> None:
+    similarity_BG = torch.full((64, 8), -200.0)
+    similarity_BG[:, 2] = 200.0
+    forbidden_BG = torch.zeros(64, 8, dtype=torch.bool)
+    forbidden_BG[:, 2] = True
+    drawn_B = sample_hard_negatives(similarity_BG, forbidden_BG, torch.Generator().manual_seed(0))
+    assert not (drawn_B == 2).any()
+    assert len(drawn_B.unique()) > 3
+
+
+def test_sampling_leaves_its_inputs_alone_and_takes_no_gradient() -> None:
+    similarity_BG = torch.randn(4, 6, requires_grad=True)
+    forbidden_BG = torch.eye(4, 6, dtype=torch.bool)
+    before = similarity_BG.detach().clone(), forbidden_BG.clone()
+    drawn_B = sample_hard_negatives(similarity_BG, forbidden_BG, torch.Generator().manual_seed(0))
+    assert torch.equal(similarity_BG, before[0])
+    assert torch.equal(forbidden_BG, before[1])
+    assert not drawn_B.requires_grad
+
+
+def test_the_generator_alone_decides_the_draw() -> None:
+    similarity_BG, forbidden_BG = torch.randn(32, 32), torch.eye(32, dtype=torch.bool)
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed + 100)  # the global generator must not matter
+        return sample_hard_negatives(similarity_BG, forbidden_BG, torch.Generator().manual_seed(seed % 2))
+
+    assert torch.equal(draw(0), draw(2))
+    assert not torch.equal(draw(0), draw(1))
+
+
+def test_rows_without_an_allowed_column_say_so() -> None:
+    forbidden_BG = torch.tensor([[True, True], [True, False]])
+    drawn_B = sample_hard_negatives(torch.zeros(2, 2), forbidden_BG, torch.Generator().manual_seed(0))
+    assert drawn_B.tolist() == [NO_NEGATIVE, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_do_not_crash_the_draw(bad: float) -> None:
+    forbidden_BG = torch.eye(3, dtype=torch.bool)
+    drawn_B = sample_hard_negatives(torch.full((3, 3), bad), forbidden_BG, torch.Generator().manual_seed(0))
+    assert all(drawn_B[row] != row and 0 <= drawn_B[row] < 3 for row in range(3))
+
+
+def test_half_precision_similarities_are_drawn_from_in_float32() -> None:
+    similarity_BG = torch.tensor([[0.0, 60.0, 61.0]], dtype=torch.bfloat16).expand(2000, -1)
+    forbidden_BG = torch.tensor([[True, False, False]]).expand(2000, -1)
+    drawn_B = sample_hard_negatives(similarity_BG, forbidden_BG, torch.Generator().manual_seed(0))
+    expected = math.exp(60) / (math.exp(60) + math.exp(61))
+    assert abs(float((drawn_B == 1).double().mean()) - expected) < 0.05
+
+
+def test_labels_are_one_to_two_and_missing_negatives_are_ignored() -> None:
+    labels = matching_labels(torch.tensor([1, NO_NEGATIVE]), torch.tensor([0, 1]))
+    assert labels.tolist() == [1, 1, 0, IGNORE_INDEX, 0, 0]
+
+
+def _naive_loss(images: list[int], texts: list[int], image_ids: list[int]) -> tuple[float, float]:
+    """Every pair scored on its own, in the order of the paper; returns loss and accuracy."""
+    model, batch = fake_model(), fake_batch(len(image_ids), image_ids=image_ids)
+    rows = range(len(image_ids))
+    pairs = [(i, i, 1) for i in rows] + [(images[i], i, 0) for i in rows] + [(i, texts[i], 0) for i in rows]
+    losses, hits = [], []
+    with torch.no_grad():
+        tokens_BPI = model.image_tokens(batch.pixel_values)
+        for image, text, label in pairs:
+            logits_2 = model.matching_logits(
+                tokens_BPI[image : image + 1],
+                batch.input_ids[text : text + 1],
+                batch.attention_mask[text : text + 1],
+            )[0].tolist()
+            losses.append(math.log(math.exp(logits_2[0]) + math.exp(logits_2[1])) - logits_2[label])
+            hits.append((logits_2[1] > logits_2[0]) == bool(label))
+    return sum(losses) / len(losses), sum(hits) / len(hits)
+
+
+def test_objective_equals_scoring_every_pair_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = iter([torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])])  # images first, then texts
+    monkeypatch.setattr(matching, "sample_hard_negatives", lambda *_: next(chosen))
+    output = MatchingObjective()(build_context(fake_model(), fake_batch(3), gather_gradients=True))
+    loss, accuracy = _naive_loss([2, 0, 1], [1, 2, 0], [0, 1, 2])
+    assert abs(float(output.loss) - loss) < 1e-12
+    assert abs(float(output.metrics["itm_accuracy"]) - accuracy) < 1e-6
+    assert float(output.metrics["itm_missing_negatives"]) == 0.0
+
+
+def test_two_captions_of_one_image_are_never_each_others_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    sample = sample_hard_negatives
+
+    def spy(*args: torch.Tensor) -> torch.Tensor:
+        drawn.append(sample(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(matching, "sample_hard_negatives", spy)
+    image_ids = [4, 9, 4, 9, 4]
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        batch = fake_batch(5, image_ids=image_ids)
+        MatchingObjective(hard_negatives=seed % 2 == 0)(
+            build_context(fake_model(), batch, gather_gradients=True, generator=generator)
+        )
+    assert len(drawn) == 40
+    assert all(image_ids[row] != image_ids[int(column)] for columns in drawn for row, column in enumerate(columns))
+
+
+@pytest.mark.parametrize("image_ids", [[3], [3, 3]])
+@pytest.mark.parametrize("hard", [True, False])
+def test_without_any_negative_only_positives_count(image_ids: list[int], hard: bool) -> None:
+    model = fake_model()
+    batch = fake_batch(len(image_ids), image_ids=image_ids)
+    output = MatchingObjective(hard_negatives=hard)(build_context(model, batch, gather_gradients=True))
+    output.loss.backward()
+    with torch.no_grad():
+        logits_B2 = model.matching_logits(model.image_tokens(batch.pixel_values), batch.input_ids, batch.attention_mask)
+    expected = sum(math.log(math.exp(a) + math.exp(b)) - b for a, b in logits_B2.tolist()) / len(image_ids)
+    assert abs(float(output.loss) - expected) < 1e-12
+    assert float(output.metrics["itm_missing_negatives"]) == 1.0
+    assert all(torch.isfinite(item.grad).all() for item in model.parameters() if item.grad is not None)
+
+
+def test_loss_of_half_precision_logits_is_taken_in_float32() -> None:
+    context = build_context(fake_model().bfloat16(), fake_batch(4), gather_gradients=True)
+    assert MatchingObjective()(context).loss.dtype == torch.float32
