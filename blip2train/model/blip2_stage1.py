@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2train.errors import ConfigError
 from blip2train.model.freezing import freeze
+from blip2train.model.image_tokens import check_image_width, encode_image_tokens
 from blip2train.model.qformer.qformer import ImageKeysValues, QFormer, QueryStates
 from blip2train.model.vision_encoder.base import VisionEncoder
 
@@ -65,7 +65,7 @@ class Blip2Stage1(nn.Module):
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Encode uint8 images (B, 3, h, w) and normalise the tokens (B, P, I)."""
-        return normalised_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
+        return encode_image_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
 
     def encode_image(self, image_tokens: Tensor) -> QueryStates:
         """Let the queries read image tokens (B, P, I)."""
@@ -96,26 +96,3 @@ class Blip2Stage1(nn.Module):
     def generation_logits(self, ids: Tensor, mask: Tensor, query: QueryStates) -> Tensor:
         """Next-token logits (B, T, V) of texts (B, T) that start with [DEC], grounded in the queries' states."""
         return self.qformer.lm_logits(self.qformer.decode(ids, mask, query))
-
-
-def check_image_width(vision_encoder: VisionEncoder, qformer: QFormer) -> None:
-    """Raise a ConfigError if the Q-Former was built for another encoder."""
-    if vision_encoder.embed_dim != qformer.image_dim:
-        raise ConfigError(
-            f"image tokens are {vision_encoder.embed_dim} wide, the Q-Former was built for {qformer.image_dim}",
-            where="model.qformer.image_dim",
-            fix=f"set it to the vision encoder's embed_dim, {vision_encoder.embed_dim}",
-        )
-
-
-def normalised_tokens(
-    vision_encoder: VisionEncoder, ln_vision: nn.Module, frozen: bool, pixel_values: Tensor
-) -> Tensor:
-    """Encode images, without a graph if the encoder is frozen, and apply `ln_vision`: (B, 3, h, w) -> (B, P, I)."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        raw_BPI = vision_encoder(pixel_values)
-    parameter = next(ln_vision.parameters(), None)
-    tokens_BPI: Tensor = ln_vision(raw_BPI if parameter is None else raw_BPI.to(parameter.dtype))
-    device = tokens_BPI.device.type
-    # one cast here instead of two per cross-attention layer, each of which autograd would keep
-    return tokens_BPI.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens_BPI

@@ -11,8 +11,8 @@ from typing import Self
 from torch import Tensor, nn
 
 from blip2train.batch import Stage2Batch
-from blip2train.model.blip2_stage1 import check_image_width, normalised_tokens
 from blip2train.model.freezing import freeze
+from blip2train.model.image_tokens import check_image_width, encode_image_tokens
 from blip2train.model.language_model.base import GenerationSettings, LanguageModel, LanguageModelOutput
 from blip2train.model.qformer.qformer import QFormer
 from blip2train.model.vision_encoder.base import VisionEncoder
@@ -65,7 +65,7 @@ class Blip2Stage2(nn.Module):
 
     def visual_prompt(self, pixel_values: Tensor) -> Tensor:
         """Turn uint8 images (B, 3, h, w) into soft prompts (B, Q, L)."""
-        tokens_BPI = normalised_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
+        tokens_BPI = encode_image_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
         prompt_BQL: Tensor = self.projection(self.qformer.encode_image(tokens_BPI).hidden)
         return prompt_BQL
 

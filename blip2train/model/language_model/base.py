@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from blip2train.batch import Stage2Batch
-from blip2train.errors import ConfigError
+from blip2train.errors import CheckpointError, ConfigError
 from blip2train.model.precision import to_dtype
 
 ModelSource: TypeAlias = str | Path | Mapping[str, Any] | PreTrainedConfig
@@ -121,13 +121,16 @@ def load_model(auto_class: Any, source: ModelSource, dtype: str, weights: bool, 
 
     Raises:
         ConfigError: it cannot be found, is of another kind than `auto_class`, or `dtype` is unknown.
-        CheckpointError is left to transformers' own messages: it names the file.
+        CheckpointError: the weights leave parts of the model out.
     """
     config = load_config(source, overrides)
     torch_dtype = to_dtype(dtype, where="model.language_model.dtype")
     try:
         if weights and isinstance(source, str | Path):
-            model = auto_class.from_pretrained(str(source), config=config, dtype=torch_dtype)
+            model, report = auto_class.from_pretrained(
+                str(source), config=config, dtype=torch_dtype, output_loading_info=True
+            )
+            _check_loaded(report, source)
         else:
             model = auto_class.from_config(config, dtype=torch_dtype)
     except (OSError, ValueError) as error:
@@ -139,6 +142,17 @@ def load_model(auto_class: Any, source: ModelSource, dtype: str, weights: bool, 
     # a checkpoint's generation_config.json (sampling, penalties) would otherwise change results without a word
     model.generation_config = GenerationConfig()
     return model
+
+
+def _check_loaded(report: Mapping[str, Any], source: str | Path) -> None:
+    # transformers gives parts that the file lacks random weights and goes on
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"the weights lack {len(missing)} tensors of the language model: {', '.join(missing[:8])}",
+            where=str(source),
+            fix="give a complete checkpoint, or a config instead of a path for random weights",
+        )
 
 
 def to_generation_config(

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
@@ -70,9 +71,16 @@ class TimmVisionEncoder(nn.Module):
         self.image = image
         backbone = _build(name, image, pretrained, weights, dict(model_args or {}))
         index = _block_index(layer, len(backbone.blocks), name)
+        if final_norm and isinstance(backbone.norm, nn.Identity):
+            raise ConfigError(
+                f"{name} normalises after pooling: its tokens have no final norm",
+                where="model.vision_encoder.final_norm",
+                fix="set final_norm=false, or model_args.global_pool='' where the weights have one",
+            )
+        state = None if weights is None else _to_timm_names(backbone, _read(Path(weights)))
         backbone.prune_intermediate_layers([index], prune_norm=not final_norm, prune_head=True)
-        if weights is not None:
-            _load(backbone, Path(weights), image)
+        if state is not None:
+            _load(backbone, state, weights)
         elif not pretrained:
             logger.warning("vision encoder %s has random weights (neither `pretrained` nor `weights` is set)", name)
         self.backbone = backbone.to(to_dtype(dtype, where="model.vision_encoder.dtype"))
@@ -158,16 +166,21 @@ def _block_index(layer: int, depth: int, name: str) -> int:
     return index
 
 
-def _load(backbone: Any, path: Path, image: ImageSpec) -> None:
-    """Load a whole or an equally cut checkpoint into the cut tower; every key is used or known to be cut off."""
+def _to_timm_names(backbone: Any, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Translate a checkpoint of any layout timm knows (OpenAI CLIP's, for one) and fit its position embedding."""
     # antialias=False is how LAVIS resizes position embeddings, so that 364 and 490 pixels reproduce its features
     match backbone:
         case vision_transformer.VisionTransformer():
-            state = vision_transformer.checkpoint_filter_fn(_read(path), backbone, antialias=False)
+            named = vision_transformer.checkpoint_filter_fn(state, backbone, antialias=False)
         case eva.Eva():
-            state = eva.checkpoint_filter_fn(_read(path), backbone, antialias=False)
+            named = eva.checkpoint_filter_fn(state, backbone, antialias=False)
         case _:
-            state = beit.checkpoint_filter_fn(_read(path), backbone, antialias=False)
+            named = beit.checkpoint_filter_fn(state, backbone, antialias=False)
+    return dict(named)
+
+
+def _load(backbone: Any, state: dict[str, Tensor], weights: str | None) -> None:
+    """Load a whole or an equally cut checkpoint into the cut tower; every key is used or known to be cut off."""
     expected = set(backbone.state_dict())
     missing = sorted(expected - set(state))
     unexpected = sorted(key for key in set(state) - expected if not _is_cut_off(key, len(backbone.blocks)))
@@ -180,8 +193,8 @@ def _load(backbone: Any, path: Path, image: ImageSpec) -> None:
         raise CheckpointError(
             f"weights do not fit the vision encoder: missing {_list(missing)}; unexpected {_list(unexpected)}; "
             f"other shape {_list(mismatched)}",
-            where=str(path),
-            fix=f"give the weights of model.vision_encoder.name (image size {image.size}), or the right name",
+            where=str(weights),
+            fix="give the weights of model.vision_encoder.name, or the name (and model_args) of these weights",
         )
     backbone.load_state_dict({key: state[key] for key in expected})
 
@@ -193,7 +206,7 @@ def _read(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise CheckpointError(
             f"not a readable weights file: {error}",
             where=str(path),

@@ -1,0 +1,37 @@
+"""Pixels (B, 3, h, w) -> image tokens (B, P, I) as both stages feed them to the Q-Former: frozen encoder, then ln_vision.
+
+The paper gives the encoder's output to the Q-Former as it is; `ln_vision` is LAVIS's. LAVIS also runs the frozen encoder
+with autograd on and casts its float32 output anew in every cross-attention layer; here it is cast once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blip2train.errors import ConfigError
+from blip2train.model.qformer.qformer import QFormer
+from blip2train.model.vision_encoder.base import VisionEncoder
+
+
+def check_image_width(vision_encoder: VisionEncoder, qformer: QFormer) -> None:
+    """Raise a ConfigError if the Q-Former was built for another encoder."""
+    if vision_encoder.embed_dim != qformer.image_dim:
+        raise ConfigError(
+            f"image tokens are {vision_encoder.embed_dim} wide, the Q-Former was built for {qformer.image_dim}",
+            where="model.qformer.image_dim",
+            fix=f"set it to the vision encoder's embed_dim, {vision_encoder.embed_dim}",
+        )
+
+
+def encode_image_tokens(
+    vision_encoder: VisionEncoder, ln_vision: nn.Module, frozen: bool, pixel_values: Tensor
+) -> Tensor:
+    """Encode images, without a graph if the encoder is frozen, and apply `ln_vision`: (B, 3, h, w) -> (B, P, I)."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        raw_BPI = vision_encoder(pixel_values)
+    parameter = next(ln_vision.parameters(), None)
+    tokens_BPI: Tensor = ln_vision(raw_BPI if parameter is None else raw_BPI.to(parameter.dtype))
+    device = tokens_BPI.device.type
+    # one cast here instead of two per cross-attention layer, each of which autograd would keep
+    return tokens_BPI.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens_BPI
