@@ -1,7 +1,7 @@
-"""Pixels (B, 3, h, w) -> image tokens (B, P, I) as both stages feed them to the Q-Former: frozen encoder, then ln_vision.
+"""Pixels (B, 3, h, w) -> image tokens (B, P, I) as both stages give them to the Q-Former: frozen encoder, ln_vision.
 
-The paper gives the encoder's output to the Q-Former as it is; `ln_vision` is LAVIS's. LAVIS also runs the frozen encoder
-with autograd on and casts its float32 output anew in every cross-attention layer; here it is cast once.
+The paper gives the encoder's output to the Q-Former as it is; `ln_vision` is LAVIS's. LAVIS runs the frozen tower with
+autograd on and casts its float32 output anew in every cross-attention layer; here it is cast once.
 """
 
 from __future__ import annotations

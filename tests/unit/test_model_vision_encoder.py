@@ -20,7 +20,7 @@ FAMILIES = {
     "vit": ("vit_tiny_patch16_224", VIT_ARGS),
     "clip": (CLIP, VIT_ARGS),
     "eva": (EVA, VIT_ARGS),
-    "beit": ("beit_base_patch16_224", VIT_ARGS),
+    "beit": ("beit_base_patch16_224", VIT_ARGS | {"global_pool": ""}),
 }
 
 
