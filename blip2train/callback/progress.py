@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from blip2train import distributed
+from blip2train.callback.clock import format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,3 @@ class ProgressCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._bar:
             self._bar.stop()
-
-
-def format_seconds(seconds: float) -> str:
-    """`75.4` -> `1:15`, `7325` -> `2:02:05`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -35,7 +35,7 @@ def check_train(config: DictConfig) -> None:
     Raises:
         ConfigError: see each check.
     """
-    if not config.stage or not config.model:
+    if not config.get("stage") or not config.get("model"):
         raise ConfigError(
             "no stage chosen",
             where="stage=, model=",
@@ -70,22 +70,22 @@ def _check_init_from(config: DictConfig) -> None:
         RunDir.open(config.init_from)
 
 
-def _check_global_batch(config: DictConfig) -> None:
+def contrastive_batch(config: DictConfig) -> int | None:
+    """Pairs over all devices in one forward pass, G; None where Lightning decides the number of devices."""
     devices, nodes = config.trainer.get("devices", 1), config.trainer.get("num_nodes", 1)
-    accumulate = config.trainer.get("accumulate_grad_batches", 1)
     if not isinstance(devices, int) or devices < 1:
-        log.info("global batch: devices=%s is decided at start", devices)
+        return None
+    return devices * int(nodes) * int(config.data.batch_size)
+
+
+def _check_global_batch(config: DictConfig) -> None:
+    contrastive = contrastive_batch(config)
+    if contrastive is None:
+        log.info("global batch: devices=%s is decided at start", config.trainer.devices)
         return
-    batch = devices * nodes * config.data.batch_size * accumulate
-    log.info(
-        "global batch %d = %d nodes x %d devices x %d samples x %d accumulated; contrastive negatives come from %d",
-        batch,
-        nodes,
-        devices,
-        config.data.batch_size,
-        accumulate,
-        devices * nodes * config.data.batch_size,
-    )
+    accumulate = config.trainer.get("accumulate_grad_batches", 1)
+    batch = contrastive * accumulate
+    log.info("global batch %d; contrastive negatives come from %d of it", batch, contrastive)
     if config.expected_global_batch and batch != config.expected_global_batch:
         raise ConfigError(
             f"the global batch is {batch}, the experiment expects {config.expected_global_batch}",

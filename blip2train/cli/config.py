@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 import blip2train
 from blip2train.errors import Blip2TrainError, ConfigError
+
+QUIET_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 on torch 2.11
+    r"Found \d+ module\(s\) in eval mode at the start of training.*",  # frozen parts stay in eval mode on purpose
+    r".*does not have many workers which may be a bottleneck.*",  # data_wait_fraction says when they are
+)
 
 PACKAGE_DIR = Path(blip2train.__file__).resolve().parent
 
@@ -179,5 +186,7 @@ def build(config: Any, **arguments: Any) -> Any:
 def quiet_libraries() -> None:
     """Keep third-party chatter out of a user's log; warnings and errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("httpx", "pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators"):
+    for name in ("httpx", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for message in QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

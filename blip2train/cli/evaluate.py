@@ -44,16 +44,7 @@ def evaluate(config: DictConfig, run: RunDir) -> dict[str, dict[str, float]]:
         CheckpointError: the run has no fitting checkpoint.
     """
     quiet_libraries()
-    trained = load_run_config(run)
-    whole = OmegaConf.merge(trained, {"paths": config.paths})
-    assert isinstance(whole, DictConfig)
-    if config.benchmarks:
-        whole.benchmarks = config.benchmarks
-    if not whole.benchmarks:
-        raise ConfigError("no benchmark chosen", where="benchmark=", fix="for instance benchmark=microworld_retrieval")
-    if config.limit:
-        for benchmark in whole.benchmarks.values():
-            benchmark.limit = config.limit
+    whole = merge_with_run(config, load_run_config(run))
     benchmarks = [_build_benchmark(name, part) for name, part in whole.benchmarks.items()]
     _check_stage(whole, benchmarks, run)
     device = choose_device(config.device)
@@ -66,6 +57,24 @@ def evaluate(config: DictConfig, run: RunDir) -> dict[str, dict[str, float]]:
         results[benchmark.name] = result.metrics
         log.info("%s: %s", benchmark.name, _headline(result.metrics))
     return results
+
+
+def merge_with_run(config: DictConfig, trained: DictConfig) -> DictConfig:
+    """The run's own config with the benchmarks and roots of an evaluation: its interpolations now meet the model's facts.
+
+    Raises:
+        ConfigError: neither names a benchmark.
+    """
+    whole = OmegaConf.merge(trained, {"paths": config.paths})
+    assert isinstance(whole, DictConfig)
+    if config.benchmarks:
+        whole.benchmarks = config.benchmarks
+    if not whole.benchmarks:
+        raise ConfigError("no benchmark chosen", where="benchmark=", fix="for instance benchmark=microworld_retrieval")
+    if config.limit:
+        for benchmark in whole.benchmarks.values():
+            benchmark.limit = config.limit
+    return whole
 
 
 def load_run_config(run: RunDir) -> DictConfig:

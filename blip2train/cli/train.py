@@ -70,7 +70,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     datamodule = build(config.data)
     load, notes = _weight_loader(config, checkpoint)
     module = build_module(config, load)
-    _write_provenance(config, run, resumed=checkpoint is not None)
+    _write_provenance(config, run, resumed=checkpoint is not None, vocab_size=datamodule.collator.tokenizer.vocab_size)
     interrupt = InterruptCallback()
     trainer = _build_trainer(config, run, interrupt, resume_step=_step_of(checkpoint))
     trainer.fit(
@@ -159,11 +159,11 @@ def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback
         MetricsCallback(config.log_every_steps),
         ProgressCallback(f"stage {stage}"),
         interrupt,
-        *build(config.callback or {}).values(),
+        *build(config.get("callback") or {}).values(),
         CheckpointCallback(run, metadata={"stage": stage, "name": config.name}, **config.checkpoint),
     ]
     loggers = [JsonlLogger(run, resume_step=resume_step)]
-    loggers += [build(logger) for logger in (config.logger or {}).values()]
+    loggers += [build(logger) for logger in (config.get("logger") or {}).values()]
     trainer: pl.Trainer = build(
         config.trainer,
         callbacks=callbacks,
@@ -179,7 +179,7 @@ def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback
     return trainer
 
 
-def _write_provenance(config: DictConfig, run: RunDir, *, resumed: bool) -> None:
+def _write_provenance(config: DictConfig, run: RunDir, *, resumed: bool, vocab_size: int) -> None:
     from blip2train import distributed
     from blip2train.callback.provenance import describe_run
     from blip2train.data.shards import expand_urls
@@ -189,7 +189,23 @@ def _write_provenance(config: DictConfig, run: RunDir, *, resumed: bool) -> None
     shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
     run.path.mkdir(parents=True, exist_ok=True)
     run.config_path.write_text(resolved_yaml(config), encoding="utf-8")
-    write_json(run.manifest_path, describe_run(seed=config.seed, command=sys.argv, shards=shards))
+    facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
+    write_json(run.manifest_path, facts | {"chance_levels": _chance_levels(config, vocab_size)})
+
+
+def _chance_levels(config: DictConfig, vocab_size: int) -> dict[str, float]:
+    """What each loss is for a model that has learned nothing; the report draws them as lines."""
+    from blip2train.objective.chance import chance_level
+
+    if check.stage_number(config) == 2:
+        return {"train/lm_loss": chance_level("lm", vocab_size=vocab_size)}
+    contrastive_batch = check.contrastive_batch(config)
+    return {
+        "train/itc_loss": chance_level("itc", batch_size=contrastive_batch or config.data.batch_size),
+        "train/itm_loss": chance_level("itm"),
+        "train/itm_accuracy": 2 / 3,
+        "train/itg_loss": chance_level("itg", vocab_size=vocab_size),
+    }
 
 
 def _note_outcome(run: RunDir, trainer: pl.Trainer, notes: dict[str, Any], stopped_by: str | None) -> None:

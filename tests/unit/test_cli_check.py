@@ -1,0 +1,57 @@
+"""Contradictions between fields stop a run before anything is read or built."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from blip2train.cli import check
+from blip2train.cli.config import compose
+from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir
+
+
+def composed(*overrides: str):
+    return compose("train", [*overrides, "run_dir=outputs/x"])
+
+
+def test_stage_two_needs_stage_one_weights_or_an_explicit_scratch() -> None:
+    with pytest.raises(ConfigError, match="no stage-1 weights") as caught:
+        check.check_train(composed("experiment=microworld_stage2_opt"))
+    assert "init_from=scratch" in str(caught.value)
+    check.check_train(composed("experiment=microworld_stage2_opt", "init_from=scratch"))
+
+
+def test_init_from_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run in"):
+        check.check_train(composed("experiment=microworld_stage2_opt", f"init_from={tmp_path}"))
+
+
+def test_stage_and_model_must_belong_together() -> None:
+    with pytest.raises(ConfigError, match="stage 1 cannot train a stage-2 model"):
+        check.check_train(composed("experiment=microworld_stage2_opt", "stage=stage1", "init_from=scratch"))
+
+
+def test_global_batch_must_be_the_one_the_experiment_expects() -> None:
+    check.check_train(composed("experiment=paper_stage1_vitg"))
+    check.check_train(composed("experiment=paper_stage1_vitg", "trainer.devices=8"))  # 210 per device
+    with pytest.raises(ConfigError, match="the global batch is 840, the experiment expects 1680"):
+        check.check_train(composed("experiment=paper_stage1_vitg", "trainer.devices=8", "data.batch_size=105"))
+
+
+def test_warm_up_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="60 warm-up steps in a run of 50"):
+        check.check_train(composed("experiment=microworld_stage1", "trainer.max_steps=50"))
+
+
+def test_resuming_with_other_settings_names_them_and_harmless_ones_pass() -> None:
+    before = composed("experiment=microworld_stage1")
+    harmless = composed("experiment=microworld_stage1", "data.num_workers=0", "checkpoint.every_steps=7")
+    check.check_same_run(harmless, OmegaConf.create(OmegaConf.to_container(before, resolve=True)), RunDir(Path("x")))
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.001 -> 0\.5"):
+        check.check_same_run(composed("experiment=microworld_stage1", "optim.lr=0.5"), before, RunDir(Path("x")))
+
+
+def test_no_stage_says_what_to_choose() -> None:
+    with pytest.raises(ConfigError, match="no stage chosen"):
+        check.check_train(composed())

@@ -1,0 +1,72 @@
+"""Composition finds the shipped configs, and a mistake in an override says what exists."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from blip2train.cli.config import PACKAGE_DIR, compose, explain_overrides, require_filled, resolved_yaml
+from blip2train.errors import ConfigError
+
+
+def test_mistyped_key_names_the_keys_that_exist_and_the_closest() -> None:
+    (hint,) = explain_overrides("train", ["experiment=microworld_stage1", "optim.lrr=1"])
+    assert "there is no 'lrr' in optim" in hint
+    assert "warmup_steps" in hint and "Did you mean optim.lr?" in hint
+
+
+def test_mistyped_key_in_process_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="Did you mean stage.objectives"):
+        compose("train", ["experiment=microworld_stage1", "stage.objective.itg.weight=2"])
+
+
+def test_unknown_group_option_lists_the_options() -> None:
+    with pytest.raises(ConfigError, match="Could not find 'experiment/nope'"):
+        compose("train", ["experiment=nope"])
+
+
+def test_values_nobody_gave_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
+        require_filled(compose("train", []))
+
+
+def test_image_size_and_width_follow_the_encoder_everywhere() -> None:
+    config = compose("train", ["experiment=paper_stage1_vitg", "model/vision_encoder=clip_vit_l"])
+    assert config.model.qformer.image_dim == 1024
+    assert config.data.datasets.coco.transform.spec.size == config.model.vision_encoder.image.size == 224
+
+
+def test_a_loss_is_dropped_by_one_override() -> None:
+    config = compose("train", ["experiment=microworld_stage1", "~objective@stage.objectives.itg"])
+    assert sorted(config.stage.objectives) == ["itc", "itm"]
+    assert config.stage == compose("train", ["experiment=ablation_no_itg"]).stage
+
+
+def test_one_more_dataset_is_one_override() -> None:
+    config = compose("train", ["experiment=paper_stage1_vitg", "+data/dataset@data.datasets.mine=folder"])
+    assert sorted(config.data.datasets) == ["coco", "mine", "visual_genome"]
+
+
+def test_saved_config_is_resolved_but_names_no_path_of_this_machine() -> None:
+    text = resolved_yaml(compose("train", ["experiment=microworld_stage1", "run_dir=outputs/x"]))
+    assert str(PACKAGE_DIR) not in text and "${package_dir:}/microworld" in text
+    loaded = OmegaConf.create(text)
+    assert Path(loaded.tokenizer.path).parent == PACKAGE_DIR / "microworld" / "assets"
+    assert loaded.optim.max_steps == loaded.trainer.max_steps
+
+
+def test_help_is_quick_and_names_every_verb() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "blip2train.cli.main", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for verb in ("train", "evaluate", "show", "report", "data", "quickstart", "microworld"):
+        assert verb in done.stdout
+    assert "torch" not in done.stderr and "hydra" not in done.stderr
+
+
+def test_unknown_verb_suggests_the_closest() -> None:
+    done = subprocess.run([sys.executable, "-m", "blip2train.cli.main", "trian"], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'train'?" in done.stderr
