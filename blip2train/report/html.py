@@ -1,0 +1,127 @@
+"""Run folders -> report.html, one file that needs no other, and report.md with the same tables.
+
+The page is read by people: every score stands beside what a guess, a model without an image and a perfect one would
+reach, and beside the pictures it was measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from blip2train.report.collect import Evaluation, Run, collect_runs
+from blip2train.report.curve import NUM_COLORS, draw_curves
+from blip2train.report.example import caption_examples, image_to_text, question_examples, text_to_image
+from blip2train.report.score import (
+    MEANING,
+    Score,
+    format_number,
+    held_out_pairs,
+    reference_kinds,
+    scores_by_kind,
+    scores_of,
+)
+from blip2train.report.table import comparison, paper_rows, paper_table, score_table
+from blip2train.run_dir import RunDir
+
+NUM_CAPTIONS, NUM_QUESTIONS, NUM_TEXT_QUERIES, NUM_IMAGE_QUERIES = 12, 12, 6, 4
+
+
+def build_report(runs: Sequence[RunDir], out: Path, title: str, phases: Mapping[str, float] | None = None) -> Path:
+    """Write `out`/report.html and `out`/report.md about one or more runs; returns the path of the page.
+
+    Whatever the folders hold is shown and the rest left out: a stage-1 run alone gives curves and retrieval, several
+    runs of one stage a comparison.
+
+    Args:
+        runs: run folders, the main one first.
+        out: folder, created if missing.
+        title: headline of the page.
+        phases: wall seconds by name, in order, if somebody timed them.
+    """
+    collected = collect_runs(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "report.html"
+    page.write_text(render(collected, title, phases or {}), encoding="utf-8")
+    tables = [f"# {title}", score_table(collected), paper_table(collected)]
+    (out / "report.md").write_text("\n".join(filter(None, tables)), encoding="utf-8")
+    return page
+
+
+def render(runs: Sequence[Run], title: str, phases: Mapping[str, float]) -> str:
+    """The page's HTML."""
+    scores = [score for run in runs for score in scores_of(run)]
+    evaluations = [evaluation for run in runs for evaluation in run.evaluations]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = format_number
+    environment.filters["seconds"] = format_seconds
+    return environment.get_template("template.html.j2").render(
+        title=title,
+        made=time.strftime("%d %B %Y, %H:%M"),
+        runs=runs,
+        num_colors=NUM_COLORS,
+        meaning=MEANING,
+        headlines=[score for score in scores if score.question and not score.held_out],
+        pairs=[pair for pair in held_out_pairs(scores) if pair[0].question],
+        scores=scores,
+        kinds=reference_kinds(scores),
+        question_kinds=_question_kinds(runs),
+        bridging=next((score for score in scores if score.metric == "bridging_efficiency"), None),
+        comparison=comparison(runs),
+        paper=paper_rows(runs),
+        curves=draw_curves(runs),
+        galleries=[gallery for gallery in map(_gallery, evaluations) if gallery["examples"]],
+        phases=phases,
+        total=sum(phases.values()),
+        facts=[(run, _facts(run)) for run in runs],
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds below two minutes, then minutes and hours."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
+
+
+def _gallery(evaluation: Evaluation) -> dict[str, Any]:
+    """Examples of one evaluation under the kind of layout they need."""
+    share = 0.5 if evaluation.held_out else 1.0
+    directions = {row.get("direction") for row in evaluation.predictions}
+    if directions & {"text_to_image", "image_to_text"}:
+        examples: Any = {
+            "text_to_image": text_to_image(evaluation, round(NUM_TEXT_QUERIES * share)),
+            "image_to_text": image_to_text(evaluation, round(NUM_IMAGE_QUERIES * share)),
+        }
+        return {"evaluation": evaluation, "layout": "retrieval", "examples": examples if any(examples.values()) else {}}
+    if any("question" in row for row in evaluation.predictions):
+        questions = question_examples(evaluation, round(NUM_QUESTIONS * share))
+        return {"evaluation": evaluation, "layout": "questions", "examples": questions}
+    captions = caption_examples(evaluation, round(NUM_CAPTIONS * share))
+    return {"evaluation": evaluation, "layout": "captions", "examples": captions}
+
+
+def _question_kinds(runs: Sequence[Run]) -> list[tuple[Evaluation, list[str], list[Score]]]:
+    found = [(evaluation, scores_by_kind(run, evaluation)) for run in runs for evaluation in run.evaluations]
+    return [(evaluation, reference_kinds(scores), scores) for evaluation, scores in found if len(scores) > 1]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The manifest as lines; nested values as compact JSON."""
+    return [
+        (key.replace("_", " "), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        for key, value in run.manifest.items()
+        if value is not None and key != "chance_levels"
+    ]
