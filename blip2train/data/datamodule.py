@@ -159,11 +159,18 @@ class TrainLoader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor if self._num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=_unchanged,
+            # a DataLoader seeds its workers from the global generator otherwise, and shifts the model's dropout
+            generator=torch.Generator(),
         )
         for item in loader:
             if isinstance(item, Blip2TrainError):
                 raise item
             yield item
+
+
+def _unchanged(item: Batch | Blip2TrainError) -> Batch | Blip2TrainError:
+    return item
 
 
 class _Guarded(IterableDataset[Batch | Blip2TrainError]):

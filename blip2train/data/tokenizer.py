@@ -81,7 +81,9 @@ class QFormerTokenizer:
 class LanguageModelTokenizer:
     """Tokenizer of a language model; start, end and padding are put on here, explicitly.
 
-    Text from data is text only: a caption that contains "</s>" is spelled out, never turned into the control token.
+    A caption that contains "</s>" is spelled out where the vocabulary allows it (byte-level BPE, so OPT and LLaMA 3):
+    data cannot smuggle control tokens in. T5's vocabulary reads "</s>" as its end token in any case; it is left as
+    published.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -96,6 +98,8 @@ class LanguageModelTokenizer:
         self.start_id: int | None = tokenizer.bos_token_id
         self.pad_id: int = self._stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.vocab_size: int = len(tokenizer)
+        spelled = tokenizer(tokenizer.eos_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        self._spell_control_tokens = self._stop_id not in spelled
 
     @classmethod
     def load(cls, path: str | Path, end_token: str | None = None) -> Self:
@@ -128,7 +132,8 @@ class LanguageModelTokenizer:
         """
         start = [self.start_id] if add_start and self.start_id is not None else []
         end = [self.end_id] if add_end else []
-        bodies = _bodies(self._tokenizer, texts, max_length - len(start) - len(end), split_special_tokens=True)
+        room = max_length - len(start) - len(end)
+        bodies = _bodies(self._tokenizer, texts, room, split_special_tokens=self._spell_control_tokens)
         return _pad([[*start, *body, *end] for body in bodies], self.pad_id, side)
 
     def decode(self, ids: Tensor) -> list[str]:

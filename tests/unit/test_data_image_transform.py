@@ -1,0 +1,155 @@
+"""Decoding and resizing against PIL and the recorded LAVIS transform; the random crop against its definition."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_factory import encode, noise
+from torchvision.transforms import RandomResizedCrop
+
+from blip2train.batch import ImageSpec
+from blip2train.data.image_transform import EvalTransform, TrainTransform, decode_image, sample_crop
+from blip2train.errors import ConfigError, DataError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def spec(size: int, interpolation: str = "bicubic") -> ImageSpec:
+    return ImageSpec(size, CLIP_MEAN, CLIP_STD, interpolation)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_eval_transform_equals_the_recorded_lavis_transform(shared_data: Path) -> None:
+    expected = json.loads((shared_data / "image_preprocess" / "expected.json").read_text())
+    for row in expected["rows"]:
+        size = row["image_size"]
+        data = (shared_data / "image_preprocess" / row["image"]).read_bytes()
+        pixels = EvalTransform(spec(size))(decode_image(data))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        normalised = (pixels / 255 - mean) / std
+        level = 1.001 / 255 / min(CLIP_STD)  # one grey level
+        torch.testing.assert_close(normalised.mean((1, 2)), torch.tensor(row["mean_per_channel"]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(normalised.std((1, 2)), torch.tensor(row["std_per_channel"]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(normalised[:, 0, :3], torch.tensor(row["t[:,0,:3]"]), atol=level, rtol=0)
+        torch.testing.assert_close(
+            normalised[:, size // 2, size // 2], torch.tensor(row["t[:,n//2,n//2]"]), atol=level, rtol=0
+        )
+        torch.testing.assert_close(normalised[:, -1, -3:], torch.tensor(row["t[:,-1,-3:]"]), atol=level, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "P"])
+def test_decoding_equals_pil_in_every_colour_mode(mode: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(0, 40, 30)).convert(mode).save(buffer, "JPEG" if mode in {"RGB", "L", "CMYK"} else "PNG")
+    expected = np.asarray(Image.open(buffer).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(buffer.getvalue()).permute(1, 2, 0).numpy(), expected)
+
+
+def test_sixteen_bit_png_keeps_its_high_byte() -> None:
+    values = (np.arange(64 * 64) * 16).reshape(64, 64).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    np.testing.assert_array_equal(decode_image(buffer.getvalue())[0].numpy(), values >> 8)
+
+
+def test_an_animated_gif_gives_its_first_frame() -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (0, 255)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(buffer.getvalue()).shape == (3, 8, 8)
+    assert int(decode_image(buffer.getvalue()).max()) == 0
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_truncated_files_are_data_errors(extension: str) -> None:
+    data = encode(noise(0, 64, 64), extension)
+    with pytest.raises(DataError, match="do not decode"):
+        decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00", b"this is no image" * 20])
+def test_bytes_that_are_no_image_are_data_errors(data: bytes) -> None:
+    with pytest.raises(DataError, match="do not decode"):
+        decode_image(data)
+
+
+def test_train_transform_is_the_crop_resized_as_pil_does() -> None:
+    photo = np.asarray(Image.fromarray(noise(3, 9, 7)).resize((140, 180), Image.Resampling.BICUBIC))
+    image = torch.from_numpy(photo.copy()).permute(2, 0, 1)
+    for seed in range(5):
+        top, left, height, width = sample_crop(180, 140, (0.5, 1.0), (3 / 4, 4 / 3), generator(seed))
+        box = (left, top, left + width, top + height)
+        expected = Image.fromarray(photo).resize((32, 32), Image.Resampling.BICUBIC, box=box)
+        found = TrainTransform(spec(32), horizontal_flip=False)(image, generator(seed)).permute(1, 2, 0)
+        # PIL's `box` lets the filter see over the crop's edge: compare inside
+        difference = np.abs(found.numpy().astype(int) - np.asarray(expected).astype(int))[2:-2, 2:-2]
+        assert difference.max() <= 2
+
+
+def test_flip_mirrors_half_of_the_images() -> None:
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    image[:, :, 8:] = 255
+    transform = TrainTransform(spec(16), scale=(1.0, 1.0))
+    flipped = sum(int(transform(image, generator(seed))[0, 0, 0]) > 127 for seed in range(400))
+    assert 160 < flipped < 240
+    kept = TrainTransform(spec(16), scale=(1.0, 1.0), horizontal_flip=False)
+    assert all(int(kept(image, generator(seed))[0, 0, 0]) < 128 for seed in range(50))
+
+
+def test_crops_stay_inside_and_keep_area_and_aspect() -> None:
+    shared, boxes = generator(0), []
+    for _ in range(2000):
+        top, left, height, width = sample_crop(300, 400, (0.5, 1.0), (3 / 4, 4 / 3), shared)
+        assert 0 <= top <= 300 - height and 0 <= left <= 400 - width
+        boxes.append((top, left, height, width))
+    areas = np.array([height * width / 120000 for _, _, height, width in boxes])
+    aspects = np.array([width / height for _, _, height, width in boxes])
+    assert areas.min() > 0.495 and areas.max() <= 1.0
+    assert aspects.min() > 0.74 and aspects.max() < 1.345
+
+
+def test_crops_are_distributed_as_in_torchvision() -> None:
+    image, shared = torch.zeros(3, 300, 400), generator(1)
+    ours = np.array([sample_crop(300, 400, (0.5, 1.0), (3 / 4, 4 / 3), shared) for _ in range(3000)], float)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)], float)
+    error = 5 * theirs.std(0) * math.sqrt(2 / 3000)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < error).all()
+    assert (np.abs(ours.std(0) / theirs.std(0) - 1) < 0.1).all()
+
+
+def test_an_image_too_narrow_for_any_crop_gives_the_central_one() -> None:
+    assert sample_crop(10, 400, (1.0, 1.0), (3 / 4, 4 / 3), generator(0)) == (0, 193, 10, 13)
+    assert sample_crop(400, 10, (1.0, 1.0), (3 / 4, 4 / 3), generator(0)) == (193, 0, 13, 10)
+    assert sample_crop(1, 1, (0.5, 1.0), (3 / 4, 4 / 3), generator(0)) == (0, 0, 1, 1)
+
+
+def test_augmentation_depends_on_the_generator_alone() -> None:
+    image = torch.from_numpy(noise(0, 50, 60)).permute(2, 0, 1)
+    transform = TrainTransform(spec(24))
+    before = torch.get_rng_state()
+    first, again, other = (transform(image, generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (3, 24, 24) and first.dtype == torch.uint8
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_image_of_the_right_size_passes_the_eval_transform_untouched() -> None:
+    image = torch.from_numpy(noise(0, 16, 16)).permute(2, 0, 1)
+    assert torch.equal(EvalTransform(spec(16))(image), image)
+
+
+def test_wrong_settings_name_the_choices() -> None:
+    with pytest.raises(ConfigError, match="bicubic"):
+        EvalTransform(spec(16, "cubic"))
+    with pytest.raises(ConfigError, match="scale"):
+        TrainTransform(spec(16), scale=(0.0, 1.0))
