@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from blip2train.batch import Stage2Batch
@@ -73,6 +74,7 @@ class Blip2Stage2(nn.Module):
         """Predict the batch's targets from its images and prompts; logits (B, T', V) and targets come aligned."""
         return self.language_model(self.visual_prompt(batch.pixel_values), batch)
 
+    @torch.no_grad()
     def generate(
         self, pixel_values: Tensor | None, prompt_ids: Tensor, prompt_mask: Tensor, settings: GenerationSettings
     ) -> Tensor:

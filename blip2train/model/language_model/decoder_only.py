@@ -16,14 +16,10 @@ from transformers import AutoModelForCausalLM
 from blip2train.batch import IGNORE_INDEX, Stage2Batch
 from blip2train.errors import ConfigError
 from blip2train.model.freezing import freeze
-from blip2train.model.language_model.base import (
-    GenerationSettings,
-    LanguageModelOutput,
-    ModelSource,
-    load_model,
-    pack,
-    to_generation_config,
-)
+from blip2train.model.language_model.base import GenerationSettings, LanguageModelOutput
+from blip2train.model.language_model.generation import to_generation_config
+from blip2train.model.language_model.loading import ModelSource, load_model
+from blip2train.model.language_model.packing import Part, own_precision, pack, visual_part
 
 
 class DecoderOnly(nn.Module):
@@ -70,7 +66,6 @@ class DecoderOnly(nn.Module):
             Logits (B, Tt, V) and targets (B, Tt). A row's first target is ignored where nothing precedes it (no image
             and an empty prompt): there is no position that could predict it.
         """
-        target_BT = _left_justified(batch.target_ids, batch.target_mask)
         parts = [
             *self._prompt_parts(visual_prompt, batch.prompt_ids, batch.prompt_mask),
             (self._embed(batch.target_ids), batch.target_mask),
@@ -78,15 +73,19 @@ class DecoderOnly(nn.Module):
         embeddings_BML, _ = pack(parts, side="right")
         num_targets, num_prompt = batch.target_ids.shape[1], batch.prompt_ids.shape[1]
         length = embeddings_BML.shape[1]
-        # positions before the prompt's last visual token predict no target: they are not projected to the vocabulary
-        num_kept = min(num_prompt + num_targets + 1, length)
-        logits_BNV = self._run(embeddings_BML, num_kept)
-        start_B = batch.prompt_mask.sum(dim=1) + (length - num_prompt - num_targets)
-        position_BT = start_B[:, None] - 1 + torch.arange(num_targets, device=target_BT.device)
-        targets_BT = target_BT.masked_fill(position_BT < 0, IGNORE_INDEX)
-        row_BT = (position_BT - (length - num_kept)).clamp(min=0)
+        num_visual = length - num_prompt - num_targets
+        # no position before the last visual token predicts a target: those are not projected to the vocabulary
+        logits_BNV = self._run(embeddings_BML, num_kept=min(num_prompt + num_targets + 1, length))
+        first = length - logits_BNV.shape[1]
+        targets_BT = _left_justified(batch.target_ids, batch.target_mask)
+        if num_prompt == 0 and num_visual > 0:
+            start = num_visual - 1 - first
+            return LanguageModelOutput(logits_BNV[:, start : start + num_targets], targets_BT)
+        column_T = torch.arange(num_targets, device=targets_BT.device)
+        position_BT = num_visual + batch.prompt_mask.sum(dim=1)[:, None] - 1 + column_T
+        index_BTV = (position_BT - first).clamp(min=0)[:, :, None].expand(-1, -1, logits_BNV.shape[2])
         return LanguageModelOutput(
-            _take(logits_BNV, row_BT, aligned=num_prompt == 0 and visual_prompt is not None), targets_BT
+            logits_BNV.gather(1, index_BTV), targets_BT.masked_fill(position_BT < 0, IGNORE_INDEX)
         )
 
     @torch.no_grad()
@@ -108,7 +107,7 @@ class DecoderOnly(nn.Module):
                 where="the benchmark's prompt",
                 fix="give the blind run a prompt",
             )
-        with self._precision(embeddings_BML):
+        with own_precision(embeddings_BML):
             ids_BT: Tensor = self.model.generate(
                 inputs_embeds=embeddings_BML,
                 attention_mask=mask_BM.long(),
@@ -118,38 +117,23 @@ class DecoderOnly(nn.Module):
 
     def _prompt_parts(
         self, visual_prompt_BQL: Tensor | None, prompt_ids_BT: Tensor, prompt_mask_BT: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        prompt_BTL = self._embed(prompt_ids_BT)
-        if visual_prompt_BQL is None:
-            return [(prompt_BTL, prompt_mask_BT)]
-        visible_BQ = prompt_mask_BT.new_ones(visual_prompt_BQL.shape[:2])
-        return [(visual_prompt_BQL.to(prompt_BTL.dtype), visible_BQ), (prompt_BTL, prompt_mask_BT)]
+    ) -> list[Part]:
+        prompt = (self._embed(prompt_ids_BT), prompt_mask_BT)
+        return [prompt] if visual_prompt_BQL is None else [visual_part(visual_prompt_BQL, prompt), prompt]
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         embedded_BTL: Tensor = self.model.get_input_embeddings()(ids_BT)
         return embedded_BTL
 
     def _run(self, embeddings_BML: Tensor, num_kept: int) -> Tensor:
-        with self._precision(embeddings_BML):
+        with own_precision(embeddings_BML):
             logits_BNV: Tensor = self.model(
                 inputs_embeds=embeddings_BML, use_cache=False, logits_to_keep=num_kept
             ).logits
         return logits_BNV.to(torch.promote_types(logits_BNV.dtype, torch.float32))
-
-    def _precision(self, embeddings: Tensor) -> torch.autocast:
-        """Half-precision weights compute in their own format; float32 weights follow the caller's autocast."""
-        device = embeddings.device.type
-        return torch.autocast(device, enabled=torch.is_autocast_enabled(device) and embeddings.dtype == torch.float32)
 
 
 def _left_justified(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Real ids first, in order; IGNORE_INDEX after them."""
     order_BT = (~mask_BT).to(torch.uint8).argsort(dim=1, stable=True)
     return ids_BT.masked_fill(~mask_BT, IGNORE_INDEX).gather(1, order_BT)
-
-
-def _take(logits_BNV: Tensor, row_BT: Tensor, *, aligned: bool) -> Tensor:
-    if aligned:
-        # the same rows everywhere: a view instead of a gather over the vocabulary
-        return logits_BNV[:, : row_BT.shape[1]]
-    return logits_BNV.gather(1, row_BT[:, :, None].expand(-1, -1, logits_BNV.shape[2]))

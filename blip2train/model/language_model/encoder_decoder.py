@@ -16,14 +16,10 @@ from transformers import AutoModelForSeq2SeqLM
 from blip2train.batch import IGNORE_INDEX, Stage2Batch
 from blip2train.errors import ConfigError
 from blip2train.model.freezing import freeze
-from blip2train.model.language_model.base import (
-    GenerationSettings,
-    LanguageModelOutput,
-    ModelSource,
-    load_model,
-    pack,
-    to_generation_config,
-)
+from blip2train.model.language_model.base import GenerationSettings, LanguageModelOutput
+from blip2train.model.language_model.generation import to_generation_config
+from blip2train.model.language_model.loading import ModelSource, load_model
+from blip2train.model.language_model.packing import own_precision, pack, visual_part
 
 
 class EncoderDecoder(nn.Module):
@@ -81,7 +77,7 @@ class EncoderDecoder(nn.Module):
             ConfigError: a row has neither image nor prompt.
         """
         embeddings_BML, mask_BM = self._encoder_inputs(visual_prompt, batch.prompt_ids, batch.prompt_mask)
-        with self._precision(embeddings_BML):
+        with own_precision(embeddings_BML):
             logits_BTV: Tensor = self.model(
                 inputs_embeds=embeddings_BML,
                 attention_mask=mask_BM.long(),
@@ -104,7 +100,7 @@ class EncoderDecoder(nn.Module):
             ConfigError: a row has neither image nor prompt.
         """
         embeddings_BML, mask_BM = self._encoder_inputs(visual_prompt, prompt_ids, prompt_mask)
-        with self._precision(embeddings_BML):
+        with own_precision(embeddings_BML):
             ids_BT: Tensor = self.model.generate(
                 inputs_embeds=embeddings_BML,
                 attention_mask=mask_BM.long(),
@@ -115,23 +111,16 @@ class EncoderDecoder(nn.Module):
     def _encoder_inputs(
         self, visual_prompt_BQL: Tensor | None, prompt_ids_BT: Tensor, prompt_mask_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        prompt_BTL: Tensor = self.model.get_input_embeddings()(prompt_ids_BT)
-        parts = [(prompt_BTL, prompt_mask_BT)]
+        prompt = (self.model.get_input_embeddings()(prompt_ids_BT), prompt_mask_BT)
         if visual_prompt_BQL is not None:
-            visible_BQ = prompt_mask_BT.new_ones(visual_prompt_BQL.shape[:2])
-            parts.insert(0, (visual_prompt_BQL.to(prompt_BTL.dtype), visible_BQ))
-        elif prompt_ids_BT.shape[1] == 0 or not bool(prompt_mask_BT.any(dim=1).all()):
+            return pack([visual_part(visual_prompt_BQL, prompt), prompt], side="right")
+        if prompt_ids_BT.shape[1] == 0 or not bool(prompt_mask_BT.any(dim=1).all()):
             raise ConfigError(
                 "nothing to read: a row has no image and an empty prompt",
                 where="the prompt of an encoder-decoder language model",
                 fix="give the blind run a prompt",
             )
-        return pack(parts, side="right")
-
-    def _precision(self, embeddings: Tensor) -> torch.autocast:
-        """Half-precision weights compute in their own format; float32 weights follow the caller's autocast."""
-        device = embeddings.device.type
-        return torch.autocast(device, enabled=torch.is_autocast_enabled(device) and embeddings.dtype == torch.float32)
+        return pack([prompt], side="right")
 
 
 def _start_id(config: Any) -> int:
