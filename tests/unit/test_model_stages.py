@@ -63,6 +63,8 @@ def test_the_frozen_encoder_builds_no_graph_and_stays_in_eval_mode() -> None:
     assert not model.vision_encoder(random_images(1)).requires_grad
     tokens = model.image_tokens(random_images(1))
     assert tokens.grad_fn.next_functions[0][0] is None, "behind ln_vision there is no graph"
+    from_leaf = model.image_tokens(random_images(1).float().requires_grad_())
+    assert from_leaf.grad_fn.next_functions[0][0] is None, "not even where the pixels ask for one"
     assert not model.eval().train(False).qformer.training
 
 
@@ -71,6 +73,17 @@ def test_an_encoder_that_is_to_train_gets_gradients() -> None:
     assert model.vision_encoder.training
     stage1_loss(model).backward()
     assert all(p.grad is not None for p in model.vision_encoder.parameters())
+
+
+def test_each_image_is_projected_once_for_all_three_losses() -> None:
+    model, calls = tiny_stage1().eval(), []
+    for block in model.qformer.blocks:
+        if block.cross_attention is not None:
+            block.cross_attention.key.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    query = model.encode_image(model.image_tokens(random_images(3)))
+    model.matching_logits(query.image, IDS.repeat(3, 1), MASK.repeat(3, 1), torch.tensor([0, 1, 2, 1, 2, 0, 0, 1, 2]))
+    model.generation_logits(IDS, MASK, query)
+    assert calls == [3, 3], "two layers with cross-attention, three images each"
 
 
 def test_features_are_unit_vectors_of_the_contrastive_width() -> None:

@@ -180,6 +180,17 @@ def test_what_cannot_be_built_is_refused(change: dict[str, Any], message: str) -
         tiny_vit(**change)
 
 
+def test_pretrained_weights_that_cannot_be_fetched_are_an_error_that_names_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    with pytest.raises(ConfigError, match=r"no pretrained weights for vit_tiny_patch16_224: offline"):
+        tiny_vit(pretrained=True)
+
+
 def test_weights_that_do_not_fit_are_refused_with_their_keys(tmp_path: Path) -> None:
     state = whole_model("vit_tiny_patch16_224", VIT_ARGS).state_dict()
     lacking = {key: tensor for key, tensor in state.items() if key != "blocks.1.norm1.weight"}

@@ -41,7 +41,8 @@ class TimmVisionEncoder(nn.Module):
         image: size, mean and std the encoder wants; another size than the name's resizes the position embedding.
         layer: index of the block whose output is used; negative counts from the end. -2 in the paper.
         final_norm: apply the network's final LayerNorm to that output. The paper's layer is used raw.
-        pretrained: let timm download the weights that belong to `name`.
+        pretrained: let timm download the weights that belong to `name`; for another image size timm antialiases while
+            it resizes the position embedding, which `weights`, like LAVIS, does not.
         weights: local .safetensors or .pth file instead.
         model_args: further arguments of `timm.create_model`.
         embed_dim: vision width I that the Q-Former is built for; checked where given.
@@ -145,6 +146,12 @@ def _build(name: str, image: ImageSpec, pretrained: bool, weights: str | None, m
     except TypeError as error:
         raise ConfigError(
             f"timm refuses {name}: {error}", where=where, fix="name a ViT, or correct model_args"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"no pretrained weights for {name}: {error}",
+            where=f"{where}.pretrained",
+            fix="check the network and the cache folder, or set weights to a local file",
         ) from error
     if not isinstance(backbone, vision_transformer.VisionTransformer | eva.Eva | beit.Beit):
         raise ConfigError(
