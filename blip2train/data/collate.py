@@ -73,8 +73,9 @@ class Stage2Collator:
 
     def __call__(self, samples: list[Sample]) -> Stage2Batch:
         prompts, texts = self.split(samples)
-        # byte-level BPE spells a word inside a sentence with its space; other tokenizers drop the space
-        targets = [f" {text}" if prompt else text for prompt, text in zip(prompts, texts, strict=True)]
+        # a target that goes on after a word is spelled as inside a sentence
+        separator = self.tokenizer.word_separator
+        targets = [f"{separator}{text}" if prompt else text for prompt, text in zip(prompts, texts, strict=True)]
         # the start token opens what a decoder-only model reads; encoder-decoder tokenizers have none
         prompt_ids, prompt_mask = self.tokenizer.encode(prompts, self.max_tokens, side="right", add_start=True)
         target_ids, target_mask = self.tokenizer.encode(targets, self.max_tokens, side="right", add_end=True)

@@ -72,8 +72,9 @@ class BlipDataModule(pl.LightningDataModule):
         return int(progress.processed)
 
     def mixture(self) -> Mixture[Batch]:
-        """The stream of this rank; made on first use, when the process group exists."""
-        if self._mixture is None:
+        """The stream of this rank; made anew if it was first asked for before the process group existed."""
+        ranks = (distributed.rank(), distributed.world_size())
+        if self._mixture is None or (self._mixture.rank, self._mixture.world_size) != ranks:
             self._mixture = Mixture(
                 list(self.datasets.values()),
                 self.collator,
@@ -82,8 +83,8 @@ class BlipDataModule(pl.LightningDataModule):
                 shuffle_buffer=self.shuffle_buffer,
                 num_streams=self.num_streams,
                 max_dropped_share=self.max_dropped_share,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
+                rank=ranks[0],
+                world_size=ranks[1],
                 num_workers=self.num_workers,
             )
         return self._mixture
@@ -169,7 +170,7 @@ class TrainLoader:
             yield item
 
 
-def _unchanged(item: Batch | Blip2TrainError) -> Batch | Blip2TrainError:
+def _unchanged(item: Any) -> Any:
     return item
 
 

@@ -79,6 +79,7 @@ class _Row:
     """One record to be; its image is given, or lies at `path` (None: not found) and is read when its turn comes."""
 
     key: str
+    name: str
     fields: Mapping[str, Any]
     path: Path | None = None
     image: bytes = b""
@@ -124,7 +125,14 @@ def pack_records(
         DataError: `out` holds another data set, the disk is full, or there are no records.
     """
     rows = (
-        _Row(safe_key(str(record["key"])), record["json"], None, record["image_bytes"], record["extension"])
+        _Row(
+            safe_key(str(record["key"])),
+            str(record["key"]),
+            record["json"],
+            None,
+            record["image_bytes"],
+            record["extension"],
+        )
         for record in records
     )
     return _pack(rows, Path(out), PackSettings(samples_per_shard, prefix), source, Skipped(), total, progress)
@@ -251,6 +259,8 @@ def _pack(
             fix="check that the paths in the captions match the images; the first names are "
             f"{list(manifest['skipped_examples'].values())[:1]}",
         )
+    if manifest["num_skipped"]:
+        logger.warning("%s: left out %s; first names in %s", out, manifest["skipped"], _MANIFEST_NAME)
     write_json(out / _MANIFEST_NAME, manifest)
     (out / _STATE_NAME).unlink(missing_ok=True)
     return manifest
@@ -276,7 +286,7 @@ def _write_rows(
             image = _to_image(row, settings) if is_new else "duplicate_key"
             state.num_rows = index + 1
             if isinstance(image, str):
-                state.skipped.add(image, str(row.path or row.key))
+                state.skipped.add(image, row.name)
             else:
                 state.num_captions += len(row.fields.get("captions", ()))
                 content = json.dumps(row.fields, ensure_ascii=False).encode()
@@ -324,7 +334,7 @@ def _extension(data: bytes) -> str | None:
 
 def _rows(entries: Mapping[str, Fields], folders: Sequence[Path]) -> list[_Row]:
     return [
-        _Row(safe_key(str(Path(name).with_suffix(""))), fields, locate(name, folders))
+        _Row(safe_key(str(Path(name).with_suffix(""))), name, fields, locate(name, folders))
         for name, fields in entries.items()
     ]
 

@@ -7,6 +7,7 @@ fields, and a new one is one more function like `read_jsonl`.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -88,23 +89,20 @@ def read_coco(path: Path, skipped: Skipped) -> dict[str, Fields]:
 
 def locate(name: str, folders: Iterable[Path]) -> Path | None:
     """The first existing file of that name."""
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    # normpath: "./a.jpg" and "a.jpg" are one file
+    paths = (Path(os.path.normpath(folder / name)) for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def report_unused(folder: Path, used: set[Path], ignored: Iterable[Path], skipped: Skipped) -> None:
     """Count the files below `folder` that no line speaks of: images without a caption, and files that are no images."""
-    known = {path.resolve() for path in used}
-    others = [path.resolve() for path in ignored]
-    for path in sorted(folder.rglob("*")):
-        resolved = path.resolve()
-        if (
-            not path.is_file()
-            or resolved in known
-            or any(resolved == other or other in resolved.parents for other in others)
-        ):
+    known = {path.absolute() for path in used}
+    others = tuple(str(path.absolute()) for path in ignored)
+    for path in sorted(folder.absolute().rglob("*")):
+        if path in known or str(path).startswith(others) or not path.is_file():
             continue
         is_image = path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-        skipped.add("image_without_caption" if is_image else "not_an_image", str(path.relative_to(folder)))
+        skipped.add("image_without_caption" if is_image else "not_an_image", str(path.relative_to(folder.absolute())))
 
 
 def _image_name(row: Any) -> str | None:

@@ -150,7 +150,7 @@ def read_eval_items(
     limit: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    max_dropped_share: float = 0.0,
+    counter: DropCounter | None = None,
 ) -> Iterator[EvalItem]:
     """Read every record exactly once, in shard order: the finite stream that benchmarks use.
 
@@ -160,12 +160,13 @@ def read_eval_items(
         limit: stop after this many records over all ranks.
         rank: takes records whose index is `rank` modulo `world_size`.
         world_size: number of readers that share the records.
-        max_dropped_share: 0 by default, because a benchmark that silently lacks an image reports another benchmark.
+        counter: counts what is used and dropped. By default the first record that cannot be used is an error: a benchmark
+            that silently lacks an image is another benchmark.
 
     Raises:
         DataError: shards missing, a record that cannot be used (above the allowed share), or nothing left.
     """
-    counter = DropCounter(f"evaluation data {urls}", max_dropped_share, minimum_records=1)
+    counter = counter or DropCounter(f"evaluation data {urls}", max_dropped_share=0.0, minimum_records=1)
     num_read = 0
     for index, record in enumerate(record for url in expand_urls(urls) for record in read_shard(url)):
         if index == limit:

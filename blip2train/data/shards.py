@@ -10,9 +10,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -77,10 +76,12 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
 
 def open_shards(urls: str | Sequence[str]) -> list[Shard]:
     """Expand `urls` and look up each shard's record count in the `index.json` beside it, where there is one."""
-    return [
-        Shard(url, None if _is_remote(url) else _counts(str(Path(url).parent)).get(Path(url).name))
-        for url in expand_urls(urls)
-    ]
+    expanded = expand_urls(urls)
+    folders = {Path(url).parent for url in expanded if not _is_remote(url)}
+    counts = {
+        folder / row["name"]: row["num_records"] for folder in folders for row in _read_index(folder / INDEX_NAME)
+    }
+    return [Shard(url, None if _is_remote(url) else counts.get(Path(url))) for url in expanded]
 
 
 def read_shard(url: str) -> Iterator[RawRecord]:
@@ -159,7 +160,8 @@ class ShardWriter:
                 f"record key {key!r}", where="ShardWriter", fix="use a non-empty key without dots or leading __"
             )
         if self._tar is None:
-            self._tar = wds.TarWriter(str(self._partial), encoder=False, mtime=0.0)
+            # an integer: a float would add an extended header to every file
+            self._tar = wds.TarWriter(str(self._partial), encoder=False, mtime=0)
         self._tar.write({"__key__": key, extension: image, "json": json})
         self._in_shard += 1
         if self._in_shard == self._samples_per_shard:
@@ -187,7 +189,6 @@ def write_index(folder: Path, entries: Sequence[ShardEntry]) -> None:
     others = [row for row in _read_index(path) if row["name"] not in names and (folder / row["name"]).is_file()]
     rows = sorted([*others, *map(asdict, entries)], key=lambda row: str(row["name"]))
     write_json(path, {"format": 1, "num_records": sum(row["num_records"] for row in rows), "shards": rows})
-    _counts.cache_clear()
 
 
 def _read_index(path: Path) -> list[dict[str, Any]]:
@@ -202,11 +203,6 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
             where=str(path),
             fix="delete it (resuming is then slower), or pack the folder again",
         ) from error
-
-
-@cache
-def _counts(folder: str) -> Mapping[str, int]:
-    return {row["name"]: row["num_records"] for row in _read_index(Path(folder) / INDEX_NAME)}
 
 
 def _is_remote(url: str) -> bool:

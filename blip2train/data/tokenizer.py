@@ -85,6 +85,9 @@ class LanguageModelTokenizer:
     data cannot smuggle control tokens in. T5's vocabulary reads "</s>" as its end token in any case; it is left as
     published.
 
+    `word_separator` is what text must start with when it goes on after a word and is encoded on its own: a space for
+    byte-level BPE, nothing for tokenizers that begin every text as a new word (T5, LLaMA 2).
+
     Args:
         tokenizer: a transformers tokenizer.
         end_token: what ends a target; the tokenizer's eos when omitted. LAVIS ends OPT captions with a line break.
@@ -100,6 +103,7 @@ class LanguageModelTokenizer:
         self.vocab_size: int = len(tokenizer)
         spelled = tokenizer(tokenizer.eos_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         self._spell_control_tokens = self._stop_id not in spelled
+        self.word_separator: str = _word_separator(tokenizer)
 
     @classmethod
     def load(cls, path: str | Path, end_token: str | None = None) -> Self:
@@ -190,6 +194,11 @@ def _single_id(tokenizer: Any, token: str) -> int:
     return int(ids[0])
 
 
+def _word_separator(tokenizer: Any) -> str:
+    whole, word = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a a", "a"))
+    return "" if whole == word + word else " "
+
+
 def _bodies(tokenizer: Any, texts: Sequence[str], max_length: int, **options: bool) -> list[list[int]]:
     assert max_length >= 0, "max_length leaves no room for the special tokens"
     if not texts:
@@ -202,13 +211,15 @@ def _bodies(tokenizer: Any, texts: Sequence[str], max_length: int, **options: bo
 
 def _pad(rows: list[list[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
     longest = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[index, place] = torch.tensor(row, dtype=torch.int64)
-        mask[index, place] = True
-    return ids, mask
+    ids: list[list[int]] = []
+    mask: list[list[bool]] = []
+    for row in rows:
+        fill = longest - len(row)
+        left, right = (0, fill) if side == "right" else (fill, 0)
+        ids.append([pad_id] * left + row + [pad_id] * right)
+        mask.append([False] * left + [True] * len(row) + [False] * right)
+    shape = (len(rows), longest)
+    return torch.tensor(ids, dtype=torch.int64).view(shape), torch.tensor(mask, dtype=torch.bool).view(shape)
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:

@@ -134,8 +134,10 @@ def test_eval_refuses_a_corrupt_image_unless_told_otherwise(tmp_path: Path) -> N
     write_shards(tmp_path, [4], broken={2: b"broken"})
     with pytest.raises(DataError, match="r000002"):
         list(read_eval_items(str(tmp_path), plain))
-    kept = list(read_eval_items(str(tmp_path), plain, max_dropped_share=0.5))
+    counter = DropCounter("check", max_dropped_share=1.0)
+    kept = list(read_eval_items(str(tmp_path), plain, counter=counter))
     assert [item.image_id for item in kept] == [0, 1, 3]
+    assert {cause: count for cause, count in counter.as_dict().items() if count} == {"used": 3, "corrupt_image": 1}
 
 
 def test_eval_data_without_records_is_a_data_error(tmp_path: Path) -> None:

@@ -109,9 +109,10 @@ def test_a_model_without_start_token_gets_none(t5: LanguageModelTokenizer) -> No
     assert torch.equal(t5.encode(["a dog"], 8, add_start=True)[0], t5.encode(["a dog"], 8)[0])
 
 
-def test_a_leading_space_is_nothing_to_t5(t5: LanguageModelTokenizer) -> None:
-    """The collator relies on it: it writes the space between prompt and target for every tokenizer."""
-    assert t5.encode([" a dog"], 8)[0].tolist() == t5.encode(["a dog"], 8)[0].tolist()
+def test_text_in_two_pieces_is_spelled_as_in_one(opt: LanguageModelTokenizer, t5: LanguageModelTokenizer) -> None:
+    for tokenizer in (opt, t5):
+        pieces = [tokenizer.encode([text], 16)[0] for text in ("a photo of", f"{tokenizer.word_separator}a dog")]
+        assert torch.equal(torch.cat(pieces, dim=1), tokenizer.encode(["a photo of a dog"], 16)[0])
 
 
 def test_decoding_stops_at_the_end_token(opt: LanguageModelTokenizer, t5: LanguageModelTokenizer) -> None:
