@@ -23,9 +23,11 @@ from blip2train.report.collect import Run
 MAX_POINTS = 300
 NUM_COLORS = 6
 # stand-ins that the drawing library can handle; the page's variables take their place
-_INK, _RULE = "#0f0f01", "#0f0f02"
+_INK, _RULE, _LABEL = "#0f0f01", "#0f0f02", "#0f0f03"
 _SERIES = tuple(f"#0f0f1{index}" for index in range(NUM_COLORS))
-_VARIABLES = {_INK: "var(--muted)", _RULE: "var(--rule)"} | {
+# the label's outline in the colour of the card keeps it readable where it crosses a line
+_OUTLINED = "var(--muted); paint-order: stroke; stroke: var(--card); stroke-width: 3px"
+_VARIABLES = {_INK: "var(--muted)", _RULE: "var(--rule)", _LABEL: _OUTLINED} | {
     color: f"var(--series-{index})" for index, color in enumerate(_SERIES)
 }
 
@@ -84,7 +86,7 @@ def draw_curves(runs: Sequence[Run]) -> list[Curve]:
 
 
 def _draw(key: str, title: str, runs: Sequence[tuple[int, Run]]) -> str:
-    figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+    figure = Figure(figsize=(3.5, 2.15), layout="constrained", facecolor="none")
     axes = figure.add_subplot()
     _style(axes)
     largest = 0.0
@@ -101,7 +103,7 @@ def _draw(key: str, title: str, runs: Sequence[tuple[int, Run]]) -> str:
             "ha": "right",
             "va": "bottom",
         }
-        axes.annotate(f"chance {chance:.3g}", (1.0, chance), (0, 2), color=_INK, fontsize=9, **place)
+        axes.annotate(f"chance {chance:.3g}", (1.0, chance), (0, 2), color=_LABEL, fontsize=9, **place)
         largest = max(largest, chance)
     bottom, _ = axes.get_ylim()
     axes.set_ylim(bottom if key == "train/itm_accuracy" else 0.0, 1.12 * largest)
@@ -109,6 +111,7 @@ def _draw(key: str, title: str, runs: Sequence[tuple[int, Run]]) -> str:
 
 
 def _style(axes: Axes) -> None:
+    axes.set_facecolor("none")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_RULE)
@@ -151,7 +154,7 @@ def _to_svg(figure: Figure, key: str, description: str) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
+    svg = re.sub(r" font-family: [^;\"]+;", "", svg)
     # several drawings share one page: ids must not
     prefix = re.sub(r"\W", "-", key)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{prefix}-", svg)

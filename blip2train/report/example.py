@@ -49,7 +49,7 @@ def caption_examples(evaluation: Evaluation, count: int) -> list[Example]:
             _picture(evaluation, row["key"]),
             row["prediction"] or "(nothing)",
             _caption_right(row) if "verdict" in row else None,
-            (("reference", row["references"][0]), ("CIDEr", f"{row['cider']:.2f}")),
+            (("reference", max(row["references"], key=len)), ("CIDEr", f"{row['cider']:.2f}")),
         )
         for row in rows
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,18 @@ from blip2train.report.score import (
 from blip2train.report.table import comparison, paper_rows, paper_table, score_table
 from blip2train.run_dir import RunDir
 
-NUM_CAPTIONS, NUM_QUESTIONS, NUM_TEXT_QUERIES, NUM_IMAGE_QUERIES = 12, 12, 6, 4
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """How many examples of each kind; even, or multiples of four, so that rows of cards are full."""
+
+    captions: int
+    questions: int
+    text_queries: int
+    image_queries: int
+
+
+_MANY, _FEW = _Counts(12, 12, 6, 4), _Counts(4, 4, 2, 2)
 
 
 def build_report(runs: Sequence[RunDir], out: Path, title: str, phases: Mapping[str, float] | None = None) -> Path:
@@ -56,7 +68,10 @@ def build_report(runs: Sequence[RunDir], out: Path, title: str, phases: Mapping[
 def render(runs: Sequence[Run], title: str, phases: Mapping[str, float]) -> str:
     """The page's HTML."""
     scores = [score for run in runs for score in scores_of(run)]
-    evaluations = [evaluation for run in runs for evaluation in run.evaluations]
+    # several runs of one benchmark are compared in a table; the rest of the page is about the first of them
+    first = {name: run.name for run in reversed(runs) for name in (found.benchmark for found in run.evaluations)}
+    main = [score for score in scores if first[score.benchmark] == score.run]
+    galleries = [_gallery(run, found, first) for run in runs for found in run.evaluations]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,16 +87,16 @@ def render(runs: Sequence[Run], title: str, phases: Mapping[str, float]) -> str:
         runs=runs,
         num_colors=NUM_COLORS,
         meaning=MEANING,
-        headlines=[score for score in scores if score.question and not score.held_out],
-        pairs=[pair for pair in held_out_pairs(scores) if pair[0].question],
+        headlines=[score for score in main if score.question and not score.held_out],
+        pairs=[pair for pair in held_out_pairs(main) if pair[0].question],
         scores=scores,
         kinds=reference_kinds(scores),
-        question_kinds=_question_kinds(runs),
-        bridging=next((score for score in scores if score.metric == "bridging_efficiency"), None),
+        question_kinds=_question_kinds(runs, first),
+        bridging=next((score for score in main if score.metric == "bridging_efficiency"), None),
         comparison=comparison(runs),
         paper=paper_rows(runs),
         curves=draw_curves(runs),
-        galleries=[gallery for gallery in map(_gallery, evaluations) if gallery["examples"]],
+        galleries=[gallery for gallery in galleries if gallery["examples"]],
         phases=phases,
         total=sum(phases.values()),
         facts=[(run, _facts(run)) for run in runs],
@@ -96,25 +111,28 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
 
 
-def _gallery(evaluation: Evaluation) -> dict[str, Any]:
-    """Examples of one evaluation under the kind of layout they need."""
-    share = 0.5 if evaluation.held_out else 1.0
-    directions = {row.get("direction") for row in evaluation.predictions}
-    if directions & {"text_to_image", "image_to_text"}:
-        examples: Any = {
-            "text_to_image": text_to_image(evaluation, round(NUM_TEXT_QUERIES * share)),
-            "image_to_text": image_to_text(evaluation, round(NUM_IMAGE_QUERIES * share)),
-        }
-        return {"evaluation": evaluation, "layout": "retrieval", "examples": examples if any(examples.values()) else {}}
+def _gallery(run: Run, evaluation: Evaluation, first: Mapping[str, str]) -> dict[str, Any]:
+    """Examples of one evaluation under the kind of layout they need; few of held-out sets and of further runs."""
+    main = first[evaluation.benchmark] == run.name
+    counts = _MANY if main and not evaluation.held_out else _FEW
+    name = evaluation.task + (", new combinations" if evaluation.held_out else "") + ("" if main else f", {run.name}")
+    if any("direction" in row for row in evaluation.predictions):
+        by_text = text_to_image(evaluation, counts.text_queries)
+        by_image = image_to_text(evaluation, counts.image_queries)
+        rankings = {"text_to_image": by_text, "image_to_text": by_image} if by_text or by_image else {}
+        return {"name": name, "layout": "retrieval", "examples": rankings}
     if any("question" in row for row in evaluation.predictions):
-        questions = question_examples(evaluation, round(NUM_QUESTIONS * share))
-        return {"evaluation": evaluation, "layout": "questions", "examples": questions}
-    captions = caption_examples(evaluation, round(NUM_CAPTIONS * share))
-    return {"evaluation": evaluation, "layout": "captions", "examples": captions}
+        return {"name": name, "layout": "questions", "examples": question_examples(evaluation, counts.questions)}
+    return {"name": name, "layout": "captions", "examples": caption_examples(evaluation, counts.captions)}
 
 
-def _question_kinds(runs: Sequence[Run]) -> list[tuple[Evaluation, list[str], list[Score]]]:
-    found = [(evaluation, scores_by_kind(run, evaluation)) for run in runs for evaluation in run.evaluations]
+def _question_kinds(runs: Sequence[Run], first: Mapping[str, str]) -> list[tuple[Evaluation, list[str], list[Score]]]:
+    found = [
+        (evaluation, scores_by_kind(run, evaluation))
+        for run in runs
+        for evaluation in run.evaluations
+        if first[evaluation.benchmark] == run.name
+    ]
     return [(evaluation, reference_kinds(scores), scores) for evaluation, scores in found if len(scores) > 1]
 
 

@@ -16,10 +16,11 @@ MEANING = {
     "chance": "a guess that looks at nothing",
     "blind": "the same model without any image",
     "shuffled": "the same model with another image",
+    "re-ranked": "the same model after its matching head has re-ordered the best candidates",
     "oracle": "the frozen language model told the truth in words",
     "ceiling": "the best any model could reach on this set, whose captions are ambiguous",
 }
-"""Kinds of reference points, from the worst to the best, with what each one is."""
+"""Kinds of reference points, what each one is; from those a model should leave behind to those it may hope for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ _RECALLS = tuple(
         f"{side}_recall@{k}{itm}",
         f"{label}, recall@{k}{suffix}",
         "%",
-        {"chance": "chance"} if k == 1 else {},
+        ({"chance": "chance"} if k == 1 else {}) | ({} if itm else {"re-ranked": f"{side}_recall@{k}_itm"}),
         question if k == 1 and not itm else "",
     )
     for side, label, question in (
@@ -128,7 +129,7 @@ def format_number(value: float, unit: str) -> str:
 
 
 def reference_kinds(scores: Sequence[Score]) -> list[str]:
-    """The kinds of reference points that any of the scores has, from the worst to the best."""
+    """The kinds of reference points that any of the scores has, in the order of `MEANING`."""
     return [kind for kind in MEANING if any(kind in score.references for score in scores)]
 
 
@@ -148,7 +149,8 @@ def _score(run: Run, evaluation: Evaluation, spec: Spec) -> Score | None:
     references = {
         kind: evaluation.metrics[named[kind]] for kind in MEANING if kind in named and named[kind] in evaluation.metrics
     }
-    full = 100.0 if spec.unit == "%" else max(1.0, 1.1 * max([value, *references.values()]))
+    fixed = {"%": 100.0, "ratio": 1.0}
+    full = fixed.get(spec.unit, max(1.0, 1.1 * max([value, *references.values()])))
     return Score(
         run.name,
         evaluation.benchmark,
