@@ -140,7 +140,8 @@ def seq2seq_loss(model: T5ForConditionalGeneration, batch: Seq2SeqBatch) -> Tens
     logits_NTV = model(
         inputs_embeds=_embed(model, batch.input_ids, batch.stacked_positions, batch.stacked_ids),
         attention_mask=batch.attention_mask.long(),
-        labels=batch.labels,
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(batch.labels),
+        use_cache=False,
     ).logits
     losses_NT = F.cross_entropy(logits_NTV.float().transpose(1, 2), batch.labels, reduction="none")
     weights_NT = batch.weights[:, None] * (batch.labels >= 0)
