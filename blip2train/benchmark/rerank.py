@@ -57,7 +57,8 @@ def matching_scores(
     """
     mine = [image for image, (owner, _) in enumerate(gallery.owner) if owner == rank()]
     scored: list[tuple[Tensor, Tensor]] = []
-    for group in torch.split(torch.tensor(mine, dtype=torch.int64), IMAGES_PER_GROUP):
+    for start in range(0, len(mine), IMAGES_PER_GROUP):
+        group = torch.tensor(mine[start : start + IMAGES_PER_GROUP])
         tokens_NPI = torch.stack([local.tokens[gallery.owner[image][1]] for image in group.tolist()])
         image = model.qformer.image_keys_values(tokens_NPI.to(device, model.temperature.dtype))
         pairs_X2 = wanted_NM[group].nonzero()

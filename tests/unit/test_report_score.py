@@ -104,7 +104,7 @@ def test_markdown_table_has_one_line_per_score_and_equal_columns() -> None:
 
 def test_folders_are_read_as_they_are_and_named_by_what_tells_them_apart(tmp_path: Path) -> None:
     runs = [RunDir(tmp_path / "one" / "stage1"), RunDir(tmp_path / "two" / "stage1")]
-    runs[0].write_eval("b", {"chance": 1.0, "broken": float("nan"), "note": "text"}, [{"key": "k"}])  # type: ignore[dict-item]
+    runs[0].write_eval("b", {"chance": 1.0, "broken": float("nan"), "note": "text"}, [{"key": "k"}])
     steps = (
         '{"step": 1, "train/loss": 2.0}',
         '{"step": 2, "train/loss": NaN}',
