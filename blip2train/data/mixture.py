@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +20,13 @@ from pathlib import PurePath
 from random import Random
 from typing import TypeVar
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from blip2train.batch import Sample
 from blip2train.data.image_transform import Transform
-from blip2train.data.sample import DropCounter, Dropped, counts_to_dict, empty_counts, to_sample
-from blip2train.data.shards import RawRecord, Shard, open_shards
+from blip2train.data.reader import RecordReader
+from blip2train.data.sample import DropCounter, counts_to_dict, empty_counts
+from blip2train.data.shards import Shard, open_shards
 from blip2train.data.stream import SampleStream
 from blip2train.errors import ConfigError, DataError
 
@@ -37,7 +37,6 @@ BatchT = TypeVar("BatchT")
 _MAX_STREAMS = 16
 _RECORDS_PER_STREAM = 4096
 _SHARDS_PER_STREAM = 4
-_MAX_LOOKAHEAD = 1000
 
 
 @dataclass
@@ -201,7 +200,7 @@ class _StreamCursor:
         self._round = round_
         starts = _num_drawn(mixture, stream, round_)
         self._readers = [
-            _Reader(
+            RecordReader(
                 SampleStream(
                     dataset.shards,
                     name=dataset.name,
@@ -210,9 +209,10 @@ class _StreamCursor:
                     num_streams=mixture.world_size * mixture.num_streams,
                     shuffle_buffer=mixture.shuffle_buffer,
                 ).records(starts[place]),
-                dataset,
-                mixture.seed,
-                counters[place],
+                name=dataset.name,
+                transform=dataset.transform,
+                seed=mixture.seed,
+                counter=counters[place],
             )
             for place, dataset in enumerate(mixture.datasets)
         ]
@@ -233,63 +233,6 @@ class _StreamCursor:
             reader.replacement() if sample is None else sample
             for (reader, _, _), sample in zip(quota, samples, strict=True)
         ]
-
-
-class _Reader:
-    """Takes records of one dataset in order, and can look ahead for replacements."""
-
-    def __init__(
-        self, records: Iterator[tuple[int, RawRecord]], dataset: Dataset, seed: int, counter: DropCounter
-    ) -> None:
-        self._records = records
-        self._ahead: deque[tuple[int, RawRecord]] = deque()
-        self._num_looked = 0
-        self._dataset = dataset
-        self._seed = seed
-        self._counter = counter
-
-    def take(self) -> tuple[int, RawRecord]:
-        return self._ahead.popleft() if self._ahead else next(self._records)
-
-    def decode(self, epoch: int, record: RawRecord) -> Sample | None:
-        sample = self._to_sample(epoch, record)
-        if isinstance(sample, Dropped):
-            self._counter.drop(record, sample)
-            return None
-        self._counter.keep()
-        return sample
-
-    def rewind_lookahead(self) -> None:
-        """Look for replacements from the first record after the batch again."""
-        self._num_looked = 0
-
-    def replacement(self) -> Sample:
-        """The next usable record after the batch; it is not consumed, and not counted before its own turn."""
-        record: RawRecord = {}
-        for _ in range(_MAX_LOOKAHEAD):
-            if self._num_looked == len(self._ahead):
-                self._ahead.append(next(self._records))
-            epoch, record = self._ahead[self._num_looked]
-            self._num_looked += 1
-            sample = self._to_sample(epoch, record)
-            if not isinstance(sample, Dropped):
-                return sample
-        raise DataError(
-            f"{_MAX_LOOKAHEAD} records in a row of dataset {self._dataset.name} cannot be used",
-            where=f"{record['__url__']} key {record['__key__']}",
-            fix="the log names the first causes; repair or repack the dataset",
-        )
-
-    def _to_sample(self, epoch: int, record: RawRecord) -> Sample | Dropped:
-        name = self._dataset.name
-        generator = keyed_generator(f"{self._seed}/{name}/sample/{epoch}/{record['__key__']}")
-        return to_sample(record, name, self._dataset.transform, generator)
-
-
-def keyed_generator(key: str) -> torch.Generator:
-    """A generator that depends on nothing but the key."""
-    # torch seeds its CPU generator with 32 bits
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"))
 
 
 def _num_drawn(mixture: Mixture[BatchT], stream: int, num_rounds: int) -> Mapping[int, int]:

@@ -16,9 +16,8 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +27,18 @@ from torchvision.transforms.v2 import functional as F
 
 from blip2train.data.image_transform import decode_image
 from blip2train.data.pack_source import Fields, Skipped, locate, read_coco, read_jsonl, report_unused
-from blip2train.data.shards import ShardEntry, ShardWriter
+from blip2train.data.pack_state import (
+    MANIFEST_NAME,
+    PackState,
+    check_disk,
+    finish,
+    finished_manifest,
+    read_state,
+    save_state,
+    to_manifest,
+)
+from blip2train.data.shards import ShardWriter
 from blip2train.errors import ConfigError, DataError
-from blip2train.run_dir import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +47,6 @@ Progress = Callable[[int, int | None], None]
 
 SkipCause = Literal["duplicate_key", "missing_image", "no_caption", "not_an_image", "corrupt_image", "empty_file"]
 
-_STATE_NAME = ".pack_state.json"
-_MANIFEST_NAME = "manifest.json"
-_SPARE_BYTES = 64 << 20
 _TAR_BYTES_PER_RECORD = 3 * 1024
 _JPEG_QUALITY = 95
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF87a": "gif", b"GIF89a": "gif"}
@@ -84,16 +89,6 @@ class _Row:
     path: Path | None = None
     image: bytes = b""
     extension: str = ""
-
-
-@dataclass
-class _State:
-    """What an interrupted call had finished; saved after every shard."""
-
-    num_rows: int = 0
-    num_captions: int = 0
-    entries: list[ShardEntry] = field(default_factory=list)
-    skipped: Skipped = field(default_factory=Skipped)
 
 
 def pack_records(
@@ -234,13 +229,13 @@ def _pack(
 ) -> dict[str, Any]:
     """Write the rows; `skipped` is what the source reader left out."""
     identity = {"source": source, "settings": asdict(settings)}
-    manifest = _finished(out, identity)
+    manifest = finished_manifest(out, identity)
     if manifest is not None:
         logger.info("%s holds this data set already", out)
         return manifest
-    state = _read_state(out, identity)
+    state = read_state(out, identity)
     if isinstance(rows, Sequence):
-        _check_disk(out, rows[state.num_rows :])
+        check_disk(out, sum(_estimated_bytes(row, settings) for row in rows[state.num_rows :]))
     try:
         _write_rows(rows, out, settings, identity, state, total, progress)
     except OSError as error:
@@ -251,7 +246,7 @@ def _pack(
             where=str(out),
             fix="free space and repeat the command: it continues",
         ) from error
-    manifest = _to_manifest(identity, state, skipped.merged(state.skipped))
+    manifest = to_manifest(identity, state, skipped.merged(state.skipped))
     if not state.entries:
         raise DataError(
             f"nothing was packed; skipped: {manifest['skipped'] or 'nothing, there were no records'}",
@@ -260,9 +255,8 @@ def _pack(
             f"{list(manifest['skipped_examples'].values())[:1]}",
         )
     if manifest["num_skipped"]:
-        logger.warning("%s: left out %s; first names in %s", out, manifest["skipped"], _MANIFEST_NAME)
-    write_json(out / _MANIFEST_NAME, manifest)
-    (out / _STATE_NAME).unlink(missing_ok=True)
+        logger.warning("%s: left out %s; first names in %s", out, manifest["skipped"], MANIFEST_NAME)
+    finish(out, manifest)
     return manifest
 
 
@@ -271,7 +265,7 @@ def _write_rows(
     out: Path,
     settings: PackSettings,
     identity: Mapping[str, Any],
-    state: _State,
+    state: PackState,
     total: int | None,
     progress: Progress | None,
 ) -> None:
@@ -292,7 +286,7 @@ def _write_rows(
                 content = json.dumps(row.fields, ensure_ascii=False).encode()
                 if writer.write(row.key, *image, content):
                     state.entries = list(writer.entries)
-                    _save_state(out, identity, state)
+                    save_state(out, identity, state)
             if progress is not None:
                 progress(index + 1, total)
     state.entries = list(writer.entries)
@@ -339,76 +333,20 @@ def _rows(entries: Mapping[str, Fields], folders: Sequence[Path]) -> list[_Row]:
     ]
 
 
+def _estimated_bytes(row: _Row, settings: PackSettings) -> int:
+    if row.path is None:
+        return 0
+    size = row.path.stat().st_size
+    if settings.resize_short_side is not None:
+        size = min(size, 2 * settings.resize_short_side**2)  # a byte per pixel at twice the short side
+    return size + _TAR_BYTES_PER_RECORD
+
+
 def _existing(path: str | Path) -> Path:
     found = Path(path).expanduser()
     if not found.exists():
         raise DataError(f"no file or folder {found}", where=f"working folder {Path.cwd()}", fix="check the path")
     return found
-
-
-def _check_disk(out: Path, rows: Sequence[_Row]) -> None:
-    needed = sum(row.path.stat().st_size for row in rows if row.path) + _TAR_BYTES_PER_RECORD * len(rows) + _SPARE_BYTES
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise DataError(
-            f"not enough disk space: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
-            where=str(out),
-            fix="choose another folder, free space, or shrink the images (resize_short_side)",
-        )
-
-
-def _finished(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of the same finished data set; DataError where another one, or an unknown one, lies."""
-    path = out / _MANIFEST_NAME
-    if path.is_file():
-        manifest = read_json(path)
-        same = identity["source"] is not None and all(manifest.get(name) == value for name, value in identity.items())
-        if same and all((out / row["name"]).is_file() for row in manifest["shards"]):
-            return manifest
-    elif (out / _STATE_NAME).is_file() or not any(out.glob("*.tar")):
-        return None
-    raise DataError(
-        "a folder that holds another data set", where=str(out), fix="choose another folder, or delete this one"
-    )
-
-
-def _read_state(out: Path, identity: Mapping[str, Any]) -> _State:
-    path = out / _STATE_NAME
-    if not path.is_file():
-        return _State()
-    saved = read_json(path)
-    if identity["source"] is None or any(saved.get(name) != value for name, value in identity.items()):
-        raise DataError(
-            "an interrupted call with another source or other settings left shards here",
-            where=str(out),
-            fix="repeat that call to finish it, choose another folder, or delete this one",
-        )
-    logger.info("continuing in %s after %d rows", out, saved["num_rows"])
-    skipped = Skipped()
-    skipped.counts.update(saved["skipped"])
-    skipped.examples.update(saved["skipped_examples"])
-    return _State(saved["num_rows"], saved["num_captions"], [ShardEntry(**row) for row in saved["shards"]], skipped)
-
-
-def _save_state(out: Path, identity: Mapping[str, Any], state: _State) -> None:
-    write_json(out / _STATE_NAME, {"num_rows": state.num_rows} | _to_manifest(identity, state, state.skipped))
-
-
-def _to_manifest(identity: Mapping[str, Any], state: _State, skipped: Skipped) -> dict[str, Any]:
-    digest = hashlib.sha256("".join(entry.sha256 for entry in state.entries).encode()).hexdigest()
-    return {
-        "format": 1,
-        **identity,
-        "num_records": sum(entry.num_records for entry in state.entries),
-        "num_captions": state.num_captions,
-        "num_bytes": sum(entry.num_bytes for entry in state.entries),
-        "num_skipped": sum(skipped.counts.values()),
-        "skipped": dict(skipped.counts),
-        "skipped_examples": dict(skipped.examples),
-        "sha256": digest,
-        "shards": [asdict(entry) for entry in state.entries],
-    }
 
 
 def _sha256(path: Path) -> str:

@@ -160,8 +160,8 @@ def read_eval_items(
         limit: stop after this many records over all ranks.
         rank: takes records whose index is `rank` modulo `world_size`.
         world_size: number of readers that share the records.
-        counter: counts what is used and dropped. By default the first record that cannot be used is an error: a benchmark
-            that silently lacks an image is another benchmark.
+        counter: counts what is used and dropped. By default the first record that cannot be used is an error: a
+            benchmark that silently lacks an image is another benchmark.
 
     Raises:
         DataError: shards missing, a record that cannot be used (above the allowed share), or nothing left.

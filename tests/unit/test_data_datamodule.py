@@ -160,3 +160,22 @@ def test_a_bad_shard_stops_training_with_a_data_error(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             train(tmp_path, tmp_path / "out", BlipDataModule(datasets, collate, 2, num_workers), 2)
         assert ".tar" in caught.value.where
+
+
+def test_ranks_take_their_place_when_the_process_group_appears(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(folder)
+    assert data.mixture().world_size == 1
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr("blip2train.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("blip2train.distributed.world_size", lambda: 2)
+        iterator = iter(data.train_dataloader())
+        seen.append({key for _ in range(3) for key in next(iterator).keys if key.startswith("x")})
+    assert seen[0] and seen[1] and not seen[0] & seen[1]
+
+
+def test_starting_the_loader_leaves_the_global_generator_alone(folder: Path) -> None:
+    """Otherwise the dropout of a resumed run differs from the uninterrupted one's."""
+    state = torch.get_rng_state()
+    next(iter(make(folder, 2).train_dataloader()))
+    assert torch.equal(torch.get_rng_state(), state)
