@@ -52,7 +52,10 @@ def tiny_vit(**changes: Any) -> TimmVisionEncoder:
     """A timm ViT of 3 blocks on 32 x 32 pixels: 17 tokens of width 24; seeded."""
     torch.manual_seed(1)
     return TimmVisionEncoder(
-        **({"name": "vit_tiny_patch16_224", "image": IMAGE, "layer": -2, "model_args": VIT_ARGS} | changes)
+        **(
+            {"name": "vit_tiny_patch16_224", "image": IMAGE, "layer": -2, "model_args": VIT_ARGS, "embed_dim": 24}
+            | changes
+        )
     )
 
 

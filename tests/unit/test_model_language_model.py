@@ -89,8 +89,9 @@ def test_logits_and_targets_are_those_of_transformers_without_padding(
     torch.testing.assert_close(ours, total / sum(TARGETS), rtol=1e-5, atol=1e-6)
 
 
-def test_without_an_image_the_text_alone_is_modelled(adapter: Adapter) -> None:
-    batch = stage2_batch([4, 1, 2], TARGETS)
+@pytest.mark.parametrize("prompts", [[4, 1, 2], [4, 4, 4]])
+def test_without_an_image_the_text_alone_is_modelled(adapter: Adapter, prompts: list[int]) -> None:
+    batch = stage2_batch(prompts, TARGETS)
     output = adapter(None, batch)
     for row, length in enumerate(TARGETS):
         logits, _ = transformers_logits(adapter, None, one_row(batch, row))

@@ -172,6 +172,8 @@ def test_images_of_another_size_are_refused_with_both_numbers() -> None:
         ({"model_args": VIT_ARGS | {"img_size": 48}}, "model_args.img_size is 48, image.size is 32"),
         ({"pretrained": True, "weights": "x.pth"}, "both pretrained=true and weights"),
         ({"final_norm": True, "model_args": VIT_ARGS | {"global_pool": "avg"}}, "its tokens have no final norm"),
+        ({"model_args": VIT_ARGS | {"num_heads": 5}}, "timm refuses vit_tiny_patch16_224"),
+        ({"embed_dim": 25}, "embed_dim is stated as 25, vit_tiny_patch16_224 has 24"),
         ({"dtype": "fp16"}, "unknown dtype 'fp16'"),
     ],
 )

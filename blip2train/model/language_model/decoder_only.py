@@ -74,12 +74,15 @@ class DecoderOnly(nn.Module):
         num_targets, num_prompt = batch.target_ids.shape[1], batch.prompt_ids.shape[1]
         length = embeddings_BML.shape[1]
         num_visual = length - num_prompt - num_targets
-        # no position before the last visual token predicts a target: those are not projected to the vocabulary
-        logits_BNV = self._run(embeddings_BML, num_kept=min(num_prompt + num_targets + 1, length))
+        # one look at the mask saves copying logits: targets then start in the same column of every row
+        aligned = num_visual + num_prompt > 0 and bool(batch.prompt_mask.all())
+        # what precedes every row's last prompt token predicts no target and is not projected to the vocabulary
+        num_kept = num_targets + 1 if aligned else min(num_prompt + num_targets + 1, length)
+        logits_BNV = self._run(embeddings_BML, num_kept)
         first = length - logits_BNV.shape[1]
         targets_BT = _left_justified(batch.target_ids, batch.target_mask)
-        if num_prompt == 0 and num_visual > 0:
-            start = num_visual - 1 - first
+        if aligned:
+            start = num_visual + num_prompt - 1 - first
             return LanguageModelOutput(logits_BNV[:, start : start + num_targets], targets_BT)
         column_T = torch.arange(num_targets, device=targets_BT.device)
         position_BT = num_visual + batch.prompt_mask.sum(dim=1)[:, None] - 1 + column_T

@@ -49,7 +49,7 @@ class TimmVisionEncoder(nn.Module):
         dtype: number format of the weights: "float32", "float16" or "bfloat16".
 
     Raises:
-        ConfigError: not a ViT, a layer it does not have, contradicting arguments.
+        ConfigError: not a ViT, a layer it does not have, another width than stated, contradicting arguments.
         CheckpointError: `weights` is unreadable, or its keys are not those of the model.
     """
 
@@ -143,11 +143,13 @@ def _build(name: str, image: ImageSpec, pretrained: bool, weights: str | None, m
         backbone = timm.create_model(
             name, pretrained=pretrained, **{"num_classes": 0, "img_size": image.size, **model_args}
         )
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         raise ConfigError(
             f"timm refuses {name}: {error}", where=where, fix="name a ViT, or correct model_args"
         ) from error
     except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
         raise ConfigError(
             f"no pretrained weights for {name}: {error}",
             where=f"{where}.pretrained",
