@@ -1,7 +1,7 @@
 """Captions and references -> CIDEr, BLEU, ROUGE-L; the only door to pycocoevalcap.
 
-The COCO caption protocol behind the paper's Table 3. The scorers are pycocoevalcap's; its tokenizer is a Java program and is
-replaced by ours, so no number here needs Java (METEOR and SPICE do, and are left out).
+The COCO caption protocol behind the paper's Table 3. The scorers are pycocoevalcap's; its tokenizer is a Java program
+and is replaced by ours, so no number here needs Java (METEOR and SPICE do, and are left out).
 """
 
 from __future__ import annotations
