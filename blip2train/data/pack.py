@@ -236,6 +236,7 @@ def _pack(
     state = read_state(out, identity)
     if isinstance(rows, Sequence):
         check_disk(out, sum(_estimated_bytes(row, settings) for row in rows[state.num_rows :]))
+    save_state(out, identity, state)
     try:
         _write_rows(rows, out, settings, identity, state, total, progress)
     except OSError as error:

@@ -70,6 +70,8 @@ def read_state(out: Path, identity: Mapping[str, Any]) -> PackState:
     if not path.is_file():
         return PackState()
     saved = read_json(path)
+    if not saved["shards"]:
+        return PackState()
     if identity["source"] is None or any(saved.get(name) != value for name, value in identity.items()):
         raise DataError(
             "an interrupted call with another source or other settings left shards here",

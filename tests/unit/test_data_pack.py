@@ -257,6 +257,8 @@ def test_nothing_to_pack_is_a_data_error_with_the_causes(folder: Path, tmp_path:
     captions = lines(tmp_path / "c.jsonl", [{"image": "x.jpg", "caption": "gone"}])
     with pytest.raises(DataError, match=r"nothing was packed.*missing_image.: 1"):
         pack_folder(folder / "a", captions, tmp_path / "out")
+    lines(captions, rows_of(folder / "a"))
+    assert pack_folder(folder / "a", captions, tmp_path / "out")["num_records"] == 4
     with pytest.raises(DataError, match="nothing was packed"):
         pack_records([], tmp_path / "out2")
 
