@@ -42,6 +42,7 @@ class MetricsCallback(pl.Callback):
         self._window_start = self._batch_end = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._logged_step = trainer.global_step  # a resumed run has logged this step before
         self._reset()
 
     def on_train_batch_start(
@@ -65,7 +66,7 @@ class MetricsCallback(pl.Callback):
         self._batches += 1
         self._samples += outputs["samples"]
         step = trainer.global_step
-        if step % self.every_steps == 0 and step != self._logged_step and step > 0:
+        if step % self.every_steps == 0 and step != self._logged_step:
             self._log(trainer, step)
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:

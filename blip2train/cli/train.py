@@ -56,13 +56,13 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     """
     require_filled(config)
     check.check_train(config)
-    quiet_libraries()
 
     import pytorch_lightning as pl
     import torch
 
     from blip2train.callback.interrupt import InterruptCallback
 
+    quiet_libraries()  # after Lightning's import, which sets its own log level
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     checkpoint = _checkpoint_to_resume(config, run)
