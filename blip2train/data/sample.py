@@ -208,7 +208,8 @@ def _captions(fields: Mapping[str, Any]) -> list[str]:
 
 def _image_id(fields: Mapping[str, Any], key: str) -> int:
     found = fields.get("image_id", key)
-    return to_image_id(found if isinstance(found, int | str) else str(found))
+    fits = isinstance(found, str) or (isinstance(found, int) and abs(found) < 1 << 63)
+    return to_image_id(found if fits else str(found))
 
 
 def _read_image(record: RawRecord) -> Tensor | Dropped:

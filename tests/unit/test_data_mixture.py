@@ -1,5 +1,6 @@
 """Batches are a function of seed, rank and number alone; weights, ranks and broken records behave."""
 
+import pickle
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -72,6 +73,11 @@ def test_ranks_read_disjoint_records(two_sets: list[Dataset]) -> None:
             made = mixture(two_sets[:1], rank=rank, world_size=world_size, batch_size=2)
             seen += [key for batch in take(made, 3) for _, key, _, _ in batch]
         assert len(set(seen)) == len(seen) == 6 * world_size
+
+
+def test_a_mixture_survives_the_trip_to_a_spawned_worker(two_sets: list[Dataset]) -> None:
+    made = pickle.loads(pickle.dumps(mixture(two_sets)))
+    assert list(islice(made, 5)) == take(mixture(two_sets), 5)
 
 
 def test_weights_are_shares_of_samples(two_sets: list[Dataset]) -> None:
@@ -180,7 +186,7 @@ def test_a_corrupt_shard_stops_the_run_and_is_named(tmp_path: Path) -> None:
 
 def test_small_data_gets_one_stream_and_large_data_several() -> None:
     assert default_num_streams([[Shard("a", 152)]], world_size=1) == 1
-    assert default_num_streams([[Shard("a", 1000)] * 118], world_size=1) == 16
+    assert default_num_streams([[Shard("a", 1000)] * 118], world_size=1) == 8
     assert default_num_streams([[Shard("a", 1000)] * 118], world_size=8) == 2
     assert default_num_streams([[Shard("a", 1000)] * 118, [Shard("b", 152)]], world_size=1) == 1
     assert default_num_streams([[Shard("a", None)] * 1000], world_size=16) == 8

@@ -45,6 +45,15 @@ def test_a_single_caption_and_a_plain_txt_count_as_captions(made: dict[str, Any]
     assert sample.image_id == to_image_id("k1")
 
 
+@pytest.mark.parametrize("image_id", [285, "285", -1, 10**25, "flickr/1.jpg", 1.5, None])
+def test_any_image_id_becomes_a_stable_int64(image_id: object) -> None:
+    made = record({"captions": ["a dog"], "image_id": image_id}, png=IMAGE)
+    first, second = draw(made), draw(made, 1)
+    assert isinstance(first, Sample) and isinstance(second, Sample)
+    assert first.image_id == second.image_id
+    assert int(torch.tensor([first.image_id])) == (285 if image_id in (285, "285") else first.image_id)
+
+
 def test_captions_are_drawn_evenly_from_the_non_empty_ones() -> None:
     made = record({"captions": ["one", " ", "two", "...", "three"]}, png=IMAGE)
     drawn = [draw(made, seed) for seed in range(600)]
