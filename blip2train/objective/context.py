@@ -22,7 +22,7 @@ from blip2train.objective.similarity import query_text_similarity
 
 if TYPE_CHECKING:
     from blip2train.model.blip2_stage1 import Blip2Stage1
-    from blip2train.model.qformer.qformer import QueryStates
+    from blip2train.model.qformer.qformer import ImageKeysValues, QueryStates
 
 MIN_TEMPERATURE = 1e-3
 """Floor of the learned divisor (0.07 at the start): LAVIS never clamps it, and at 0 every similarity is NaN."""
@@ -114,13 +114,21 @@ class Stage1Context:
         image_ids_G = distributed.gather(self.batch.image_ids)
         return self.batch.image_ids[:, None] == image_ids_G[None, :]
 
-    def images_and_negatives(self, negative_image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens of this batch and of drawn negatives, and the rows (2B,) of the own and the negative images.
+    @cached_property
+    def same_text(self) -> Tensor:
+        """(B, G) bool: True where the gathered pair has the row's own text, token by token; holds the own column."""
+        ids_GT, mask_GT = self.gathered_text
+        text_GT = torch.where(mask_GT, ids_GT, -1)
+        return (text_GT[self.own_column, None] == text_GT[None, :]).all(dim=2)
 
-        On one process the tokens are just `image_tokens`. Over ranks they are (2B, P, I), and the gathering keeps the
-        gradient whatever `gather_gradients` says, as in LAVIS: a negative from another rank went through that rank's
-        layer norm, and without its gradient N ranks would not give the gradient of one. The whole block travels (1.2 GB
-        per rank in half precision at batch 1680); sending the drawn rows alone would give the same sum.
+    def images_and_negatives(self, negative_image: Tensor) -> tuple[Tensor | ImageKeysValues, Tensor]:
+        """This batch's images with the drawn negatives, and the rows (2B,) in them of the own and the negative ones.
+
+        On one process both are `image_tokens`, or what the image pass has already made of them. Over ranks they are
+        (2B, P, I), and the gathering keeps the gradient whatever `gather_gradients` says, as in LAVIS: a negative from
+        another rank went through that rank's layer norm, and without its gradient N ranks would not give the gradient
+        of one. The whole block travels (1.2 GB per rank in half precision at batch 1680); sending the drawn rows alone
+        would give the same sum.
 
         Args:
             negative_image: (B,) columns among the G gathered images.
@@ -128,7 +136,8 @@ class Stage1Context:
         batch_size = len(self.batch)
         own_B = self.own_column - self.own_column[0]
         if distributed.world_size() == 1:
-            return self.image_tokens, torch.cat([own_B, negative_image])
+            ran_image_pass = "query" in self.__dict__  # where cached_property keeps it
+            return self.query.image if ran_image_pass else self.image_tokens, torch.cat([own_B, negative_image])
         drawn_BPI = distributed.gather(self.image_tokens, with_grad=True)[negative_image]
         return torch.cat([self.image_tokens, drawn_BPI]), torch.cat([own_B, own_B + batch_size])
 

@@ -38,6 +38,7 @@ class ContrastiveObjective:
         multi_positive: True: every pair with the row's image id is a positive, so two captions of one image are not
             pushed apart; LAVIS does this in retrieval fine-tuning. When all ids differ, as in web-scale pre-training,
             it is exactly the one-hot loss. False: only the own column counts (LAVIS pre-training, which knows no ids).
+            Repeated texts need no such care: equal columns share the softmax whatever the target says.
     """
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.1, multi_positive: bool = True) -> None:

@@ -47,9 +47,12 @@ def generation_inputs(input_ids: Tensor, attention_mask: Tensor, dec_id: int) ->
         dec_id: takes the place of [CLS].
 
     Returns:
-        Input ids and mask without the last position, which predicts nothing, and targets: each (B, T - 1).
+        Input ids and mask without the last position, which predicts nothing, and targets: each (B, T - 1). A text of one
+        token keeps its position, with nothing to predict.
     """
+    length = max(input_ids.shape[1] - 1, 1)
     start_B1 = torch.full_like(input_ids[:, :1], dec_id)
-    ids_BT = torch.cat([start_B1, input_ids[:, 1:]], dim=1)[:, :-1]
-    targets_BT = input_ids[:, 1:].masked_fill(~attention_mask[:, 1:], IGNORE_INDEX)
-    return ids_BT, attention_mask[:, :-1], targets_BT
+    nothing_B1 = torch.full_like(start_B1, IGNORE_INDEX)
+    ids_BT = torch.cat([start_B1, input_ids[:, 1:]], dim=1)
+    targets_BT = torch.cat([input_ids[:, 1:].masked_fill(~attention_mask[:, 1:], IGNORE_INDEX), nothing_B1], dim=1)
+    return ids_BT[:, :length], attention_mask[:, :length], targets_BT[:, :length]

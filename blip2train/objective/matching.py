@@ -50,11 +50,14 @@ class MatchingObjective:
     Args:
         weight: factor of this loss in the sum.
         hard_negatives: True draws by contrastive similarity; False draws evenly, and then needs no contrastive pass.
+        same_text_matches: True: a pair with the same text is no negative either, as it is none with the same image.
+            Worth it where captions repeat, as in synthetic data; LAVIS knows neither.
     """
 
-    def __init__(self, weight: float = 1.0, hard_negatives: bool = True) -> None:
+    def __init__(self, weight: float = 1.0, hard_negatives: bool = True, same_text_matches: bool = False) -> None:
         self.weight = weight
         self.hard_negatives = hard_negatives
+        self.same_text_matches = same_text_matches
 
     def __call__(self, context: Stage1Context) -> ObjectiveOutput:
         """Loss over the pairs that exist, and the share of them classified right (chance: 2/3)."""
@@ -70,7 +73,7 @@ class MatchingObjective:
         return ObjectiveOutput(F.cross_entropy(logits_R2, labels_R, ignore_index=IGNORE_INDEX), metrics)
 
     def _negatives(self, context: Stage1Context) -> tuple[Tensor, Tensor]:
-        forbidden_BG = context.same_image
+        forbidden_BG = context.same_image | context.same_text if self.same_text_matches else context.same_image
         if self.hard_negatives:
             text_to_image_BG, image_to_text_BG = context.similarity_t2i, context.similarity_i2t
         else:
@@ -90,8 +93,8 @@ def matching_labels(negative_image: Tensor, negative_text: Tensor) -> Tensor:
 
 def _pair_logits(context: Stage1Context, negative_image_B: Tensor, negative_text_B: Tensor) -> Tensor:
     """(3B, 2) in one pass; a missing negative keeps its row (index 0), so that no shape depends on the data."""
-    images_NPI, rows_2B = context.images_and_negatives(negative_image_B.clamp(min=0))
+    images, rows_2B = context.images_and_negatives(negative_image_B.clamp(min=0))
     image_rows_R = torch.cat([rows_2B, rows_2B[: len(negative_image_B)]])
     ids_GT, mask_GT = context.gathered_text
     text_rows_R = torch.cat([context.own_column, context.own_column, negative_text_B.clamp(min=0)])
-    return context.model.matching_logits(images_NPI, ids_GT[text_rows_R], mask_GT[text_rows_R], image_rows_R)
+    return context.model.matching_logits(images, ids_GT[text_rows_R], mask_GT[text_rows_R], image_rows_R)

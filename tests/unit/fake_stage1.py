@@ -18,6 +18,7 @@ NUM_QUERIES, WIDTH, VOCAB, DEC_ID = 3, 8, 11, 10
 @dataclass
 class FakeStates:
     hidden: Tensor
+    image: Tensor
 
 
 class FakeStage1(nn.Module):
@@ -39,7 +40,7 @@ class FakeStage1(nn.Module):
 
     def encode_image(self, image_tokens: Tensor) -> FakeStates:
         self.calls["encode_image"] += 1
-        return FakeStates(self._read(image_tokens))
+        return FakeStates(self._read(image_tokens), image_tokens)
 
     def _read(self, image_tokens: Tensor) -> Tensor:
         attention_BQP = (self.query_tokens @ image_tokens.transpose(1, 2)).softmax(dim=-1)

@@ -84,3 +84,16 @@ def test_temperature_is_learned() -> None:
     model = fake_model()
     ContrastiveObjective()(build_context(model, fake_batch(4), gather_gradients=False)).loss.backward()
     assert float(model.temperature.grad.abs()) > 0
+
+
+def test_sharing_the_target_between_repeated_texts_would_change_nothing() -> None:
+    """Why there is no such option: equal columns have equal probabilities, and the rows that own them are averaged."""
+    batch = fake_batch(3)
+    batch.input_ids[2], batch.attention_mask[2] = batch.input_ids[0], batch.attention_mask[0]
+    context = build_context(fake_model(), batch, gather_gradients=True)
+    assert context.same_text.tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+    shared = sum(
+        _naive_loss(logits.detach(), [{0, 2}, {1}, {0, 2}], 0.1)
+        for logits in (context.similarity_i2t, context.similarity_t2i)
+    )
+    assert float(ContrastiveObjective()(context).loss) == pytest.approx(shared / 2, abs=1e-12)

@@ -133,6 +133,23 @@ def test_two_captions_of_one_image_are_never_each_others_negatives(monkeypatch: 
     assert all(image_ids[row] != image_ids[int(column)] for columns in drawn for row, column in enumerate(columns))
 
 
+def test_repeated_texts_are_no_negatives_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden: list[torch.Tensor] = []
+
+    def spy(similarity: torch.Tensor, mask_BG: torch.Tensor, *_: object) -> torch.Tensor:
+        forbidden.append(mask_BG)
+        return torch.zeros(len(similarity), dtype=torch.int64)
+
+    monkeypatch.setattr(matching, "sample_hard_negatives", spy)
+    batch = fake_batch(3, image_ids=[4, 5, 5])
+    batch.input_ids[2], batch.attention_mask[2] = batch.input_ids[0], batch.attention_mask[0]
+    for same_text_matches in (False, True):
+        context = build_context(fake_model(), batch, gather_gradients=True)
+        MatchingObjective(same_text_matches=same_text_matches)(context)
+    assert forbidden[0].tolist() == [[True, False, False], [False, True, True], [False, True, True]]
+    assert forbidden[2].tolist() == [[True, False, True], [False, True, True], [True, True, True]]
+
+
 @pytest.mark.parametrize("image_ids", [[3], [3, 3]])
 @pytest.mark.parametrize("hard", [True, False])
 def test_without_any_negative_only_positives_count(image_ids: list[int], hard: bool) -> None:
