@@ -47,8 +47,8 @@ def generation_inputs(input_ids: Tensor, attention_mask: Tensor, dec_id: int) ->
         dec_id: takes the place of [CLS].
 
     Returns:
-        Input ids and mask without the last position, which predicts nothing, and targets: each (B, T - 1). A text of one
-        token keeps its position, with nothing to predict.
+        Input ids and mask without the last position, which predicts nothing, and targets: each (B, T - 1). A one-token
+        text keeps its position, with nothing to predict.
     """
     length = max(input_ids.shape[1] - 1, 1)
     start_B1 = torch.full_like(input_ids[:, :1], dec_id)
