@@ -35,7 +35,9 @@ class LocalImages:
 
 @dataclass(slots=True)
 class Gallery:
-    """The whole benchmark, equal on every rank, N images and M texts.
+    """The whole benchmark, equal on every rank: N images and M texts, U of them different after cleaning.
+
+    Equal texts are encoded once, so that they tie exactly and not by rounding.
 
     Args:
         items: N images without pixels, captions merged over the records of one image.
@@ -43,9 +45,10 @@ class Gallery:
         image_features: (N, Q, E) on the CPU.
         texts: M captions as in the record.
         text_to_image: (M,) index into `items`.
-        text_features: (M, E) on the CPU.
-        input_ids: (M, T) Q-Former token ids on the CPU.
-        attention_mask: (M, T) bool.
+        text_row: (M,) index into the U different texts.
+        text_features: (U, E) on the CPU.
+        input_ids: (U, T) Q-Former token ids on the CPU.
+        attention_mask: (U, T) bool.
     """
 
     items: list[EvalItem]
@@ -53,6 +56,7 @@ class Gallery:
     image_features: Tensor
     texts: list[str]
     text_to_image: Tensor
+    text_row: Tensor
     text_features: Tensor
     input_ids: Tensor
     attention_mask: Tensor
@@ -105,20 +109,29 @@ def build_gallery(
     items = [item for item, _ in merged]
     texts = [caption for item in items for caption in item.captions]
     text_to_image = torch.tensor([index for index, item in enumerate(items) for _ in item.captions])
-    ids_MT, mask_MT = tokenizer([clean_caption(text) for text in texts] if clean else texts, max_tokens)
-    text_features_ME = _encode_texts(model, ids_MT, mask_MT, device, batch_size, advance)
+    cleaned = [clean_caption(text) for text in texts] if clean else texts
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(cleaned))}
+    ids_UT, mask_UT = tokenizer(list(row_of), max_tokens)
     return Gallery(
-        items, [owner for _, owner in merged], features[rows], texts, text_to_image, text_features_ME, ids_MT, mask_MT
+        items=items,
+        owner=[owner for _, owner in merged],
+        image_features=features[rows],
+        texts=texts,
+        text_to_image=text_to_image,
+        text_row=torch.tensor([row_of[text] for text in cleaned]),
+        text_features=_encode_texts(model, ids_UT, mask_UT, device, batch_size, advance),
+        input_ids=ids_UT,
+        attention_mask=mask_UT,
     )
 
 
-def similarity(image_features_NQE: Tensor, text_features_ME: Tensor, device: torch.device) -> Tensor:
+def similarity(gallery: Gallery, device: torch.device) -> Tensor:
     """Cosine similarity of every image with every text, the best of an image's queries: (N, M) float32 on the CPU."""
-    text_EM = text_features_ME.to(device).T
-    queries = image_features_NQE.shape[1]
-    rows = max(1, 2**24 // (queries * text_EM.shape[1]))
-    parts = [(chunk.to(device) @ text_EM).amax(dim=1).cpu() for chunk in torch.split(image_features_NQE, rows)]
-    return torch.cat(parts)
+    text_EU = gallery.text_features.to(device).T
+    queries = gallery.image_features.shape[1]
+    rows = max(1, 2**24 // (queries * text_EU.shape[1]))
+    chunks = torch.split(gallery.image_features, rows)
+    return torch.cat([(chunk.to(device) @ text_EU).amax(dim=1).cpu() for chunk in chunks])[:, gallery.text_row]
 
 
 def _merge(local: LocalImages) -> list[tuple[EvalItem, tuple[int, int]]]:
@@ -147,17 +160,17 @@ def _offsets(local_size: int) -> list[int]:
 
 def _encode_texts(
     model: Blip2Stage1,
-    ids_MT: Tensor,
-    mask_MT: Tensor,
+    ids_UT: Tensor,
+    mask_UT: Tensor,
     device: torch.device,
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Tensor:
-    shares = torch.arange(len(ids_MT)).chunk(world_size())
+    shares = torch.arange(len(ids_UT)).chunk(world_size())
     mine = shares[rank()] if rank() < len(shares) else torch.empty(0, dtype=torch.int64)
     parts: list[Tensor] = []
     for rows in torch.split(mine, batch_size) if len(mine) else ():
-        ids, mask = trimmed(ids_MT[rows], mask_MT[rows])
+        ids, mask = trimmed(ids_UT[rows], mask_UT[rows])
         parts.append(model.text_features(ids.to(device), mask.to(device)).float().cpu())
         advance(len(rows))
     return torch.cat(gather_objects(parts))

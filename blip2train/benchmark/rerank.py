@@ -41,16 +41,22 @@ def reranked(similarity_NM: Tensor, matching_NM: Tensor, chosen_NM: Tensor, add_
     return torch.where(chosen_NM, scores_NM, similarity_NM + shift)
 
 
+def different_pairs(gallery: Gallery, wanted_NM: Tensor) -> Tensor:
+    """The wanted pairs as (N, U): a text that several images have is wanted once."""
+    counts_NU = torch.zeros(len(gallery.items), len(gallery.input_ids), dtype=torch.int32)
+    return counts_NU.index_add_(1, gallery.text_row, wanted_NM.to(torch.int32)) > 0
+
+
 def matching_scores(
     model: Blip2Stage1,
     local: LocalImages,
     gallery: Gallery,
-    wanted_NM: Tensor,
+    wanted_NU: Tensor,
     device: torch.device,
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """ITM match logit of every wanted pair, zero elsewhere: (N, M) float32, equal on every rank.
+    """ITM match logit of every pair in `different_pairs`, zero elsewhere: (N, M) float32, equal on every rank.
 
     Images are taken in groups: their cross-attention keys and values are computed once for all their texts, and within
     a group texts of equal length share a batch.
@@ -61,7 +67,7 @@ def matching_scores(
         group = torch.tensor(mine[start : start + IMAGES_PER_GROUP])
         tokens_NPI = torch.stack([local.tokens[gallery.owner[image][1]] for image in group.tolist()])
         image = model.qformer.image_keys_values(tokens_NPI.to(device, model.temperature.dtype))
-        pairs_X2 = wanted_NM[group].nonzero()
+        pairs_X2 = wanted_NU[group].nonzero()
         lengths_X = gallery.attention_mask.sum(dim=1)[pairs_X2[:, 1]]
         for pairs_B2 in torch.split(pairs_X2[lengths_X.argsort(stable=True)], batch_size):
             ids_BT, mask_BT = trimmed(gallery.input_ids[pairs_B2[:, 1]], gallery.attention_mask[pairs_B2[:, 1]])
@@ -69,7 +75,7 @@ def matching_scores(
             logits_B2 = model.matching_logits(image, ids_BT.to(device), mask_BT.to(device), rows_B)
             scored.append((torch.stack([group[pairs_B2[:, 0]], pairs_B2[:, 1]]), logits_B2[:, 1].float().cpu()))
             advance(len(pairs_B2))
-    matching_NM = torch.zeros(wanted_NM.shape)
+    matching_NU = torch.zeros(wanted_NU.shape)
     for (image_B, text_B), scores_B in gather_objects(scored):
-        matching_NM[image_B, text_B] = scores_B
-    return matching_NM
+        matching_NU[image_B, text_B] = scores_B
+    return matching_NU[:, gallery.text_row]

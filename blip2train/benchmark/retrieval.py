@@ -15,7 +15,7 @@ from torch import Tensor
 from blip2train.batch import EvalItem
 from blip2train.benchmark.base import BenchmarkResult, Prediction, Progress, evaluating
 from blip2train.benchmark.gallery import Gallery, LocalImages, build_gallery, encode_images, similarity
-from blip2train.benchmark.rerank import candidates, matching_scores, reranked
+from blip2train.benchmark.rerank import candidates, different_pairs, matching_scores, reranked
 from blip2train.data.image_transform import Transform
 from blip2train.data.sample import read_eval_items
 from blip2train.data.tokenizer import QFormerTokenizer
@@ -83,7 +83,7 @@ class RetrievalBenchmark:
             gallery = build_gallery(
                 model, local, self.tokenizer, device, self.batch_size, self.max_tokens, self.clean, work.advance
             )
-            similarity_NM = similarity(gallery.image_features, gallery.text_features, device)
+            similarity_NM = similarity(gallery, device)
             itm = self._rerank(model, local, gallery, similarity_NM, device, work)
         metrics = self._metrics(gallery, similarity_NM, itm)
         predictions = _rows(gallery, similarity_NM, itm)
@@ -103,9 +103,9 @@ class RetrievalBenchmark:
         if self.rerank_top_k == 0:
             return None
         i2t_NM, t2i_NM = candidates(similarity_NM, self.rerank_top_k)
-        wanted_NM = i2t_NM | t2i_NM
-        work.expect(int(wanted_NM.sum()) // world_size())
-        matching_NM = matching_scores(model, local, gallery, wanted_NM, device, self.pair_batch_size, work.advance)
+        wanted_NU = different_pairs(gallery, i2t_NM | t2i_NM)
+        work.expect(int(wanted_NU.sum()) // world_size())
+        matching_NM = matching_scores(model, local, gallery, wanted_NU, device, self.pair_batch_size, work.advance)
         return (
             reranked(similarity_NM, matching_NM, i2t_NM, self.add_similarity),
             reranked(similarity_NM, matching_NM, t2i_NM, self.add_similarity),
@@ -148,34 +148,50 @@ def _rows(gallery: Gallery, similarity_NM: Tensor, itm: tuple[Tensor, Tensor] | 
 
 
 def _image_rows(gallery: Gallery, own_NM: Tensor, itc_NM: Tensor, final_NM: Tensor) -> list[Prediction]:
-    scores, best = final_NM.topk(min(SHOWN_RETRIEVED, final_NM.shape[1]), dim=1)
-    rank_itc, rank_final = _best_rank(itc_NM, own_NM), _best_rank(final_NM, own_NM)
-    rows: list[Prediction] = []
-    for index, item in enumerate(gallery.items):
-        retrieved = [
-            {"text": gallery.texts[text], "right": bool(own_NM[index, text]), "score": round(score, 4)}
-            for text, score in zip(best[index].tolist(), scores[index].tolist(), strict=True)
-        ]
-        ranks = {"rank_itc": rank_itc[index], "rank": rank_final[index]}
-        row = {"direction": "image_to_text", "key": item.key, "image_id": item.image_id}
-        rows.append(row | {"captions": list(item.captions)} | ranks | {"retrieved": retrieved})
-    return rows
+    rank_itc, rank_final, best = _best_rank(itc_NM, own_NM), _best_rank(final_NM, own_NM), _best(final_NM, own_NM)
+    return [
+        {
+            "direction": "image_to_text",
+            "key": item.key,
+            "image_id": item.image_id,
+            "captions": list(item.captions),
+            "rank_itc": rank_itc[index],
+            "rank": rank_final[index],
+            "retrieved": [
+                {"text": gallery.texts[text], "right": right, "score": round(score, 4)}
+                for score, right, text in best[index]
+            ],
+        }
+        for index, item in enumerate(gallery.items)
+    ]
 
 
 def _text_rows(gallery: Gallery, own_MN: Tensor, itc_MN: Tensor, final_MN: Tensor) -> list[Prediction]:
-    scores, best = final_MN.topk(min(SHOWN_RETRIEVED, final_MN.shape[1]), dim=1)
-    rank_itc, rank_final = _best_rank(itc_MN, own_MN), _best_rank(final_MN, own_MN)
-    rows: list[Prediction] = []
-    for index, text in enumerate(gallery.texts):
-        item = gallery.items[int(gallery.text_to_image[index])]
-        retrieved = [
-            {"key": gallery.items[image].key, "right": bool(own_MN[index, image]), "score": round(score, 4)}
-            for image, score in zip(best[index].tolist(), scores[index].tolist(), strict=True)
-        ]
-        ranks = {"rank_itc": rank_itc[index], "rank": rank_final[index]}
-        row = {"direction": "text_to_image", "key": item.key, "image_id": item.image_id, "text": text}
-        rows.append(row | ranks | {"retrieved": retrieved})
-    return rows
+    rank_itc, rank_final, best = _best_rank(itc_MN, own_MN), _best_rank(final_MN, own_MN), _best(final_MN, own_MN)
+    described = [gallery.items[image] for image in gallery.text_to_image.tolist()]
+    return [
+        {
+            "direction": "text_to_image",
+            "key": item.key,
+            "image_id": item.image_id,
+            "text": gallery.texts[index],
+            "rank_itc": rank_itc[index],
+            "rank": rank_final[index],
+            "retrieved": [
+                {"key": gallery.items[image].key, "right": right, "score": round(score, 4)}
+                for score, right, image in best[index]
+            ],
+        }
+        for index, item in enumerate(described)
+    ]
+
+
+def _best(scores: Tensor, own: Tensor) -> list[list[tuple[float, bool, int]]]:
+    """(score, is it right, column) of each row's best columns; among equal scores the right one comes first."""
+    values, columns = scores.topk(min(4 * SHOWN_RETRIEVED, scores.shape[1]), dim=1)
+    entries = zip(values.tolist(), own.gather(1, columns).tolist(), columns.tolist(), strict=True)
+    rows = [sorted(zip(*row, strict=True), key=lambda entry: (-entry[0], not entry[1])) for row in entries]
+    return [row[:SHOWN_RETRIEVED] for row in rows]
 
 
 def _best_rank(scores: Tensor, own: Tensor) -> list[int]:

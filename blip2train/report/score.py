@@ -14,6 +14,7 @@ from blip2train.report.collect import Evaluation, Run
 
 MEANING = {
     "chance": "a guess that looks at nothing",
+    "prior": "always the most frequent answer to that kind of question",
     "blind": "the same model without any image",
     "shuffled": "the same model with another image",
     "re-ranked": "the same model after its matching head has re-ordered the best candidates",
@@ -63,7 +64,8 @@ class Score:
         return format_number(self.value, self.unit)
 
 
-_ASKED = {"chance": "chance", "blind": "vqa_blind", "shuffled": "vqa_shuffled", "oracle": "vqa_oracle"}
+_BY_KIND = {"chance": "chance", "blind": "vqa_blind", "shuffled": "vqa_shuffled", "oracle": "vqa_oracle"}
+_ASKED = _BY_KIND | {"prior": "chance_by_kind"}
 _RECALLS = tuple(
     Spec(
         f"{side}_recall@{k}{itm}",
@@ -114,7 +116,7 @@ def scores_by_kind(run: Run, evaluation: Evaluation) -> list[Score]:
     """Accuracy of each kind of question of a VQA evaluation, empty for others."""
     prefix = "vqa_accuracy/"
     kinds = [key.removeprefix(prefix) for key in evaluation.metrics if key.startswith(prefix)]
-    references = {kind: f"{metric}/{{}}" for kind, metric in _ASKED.items()}
+    references = {kind: f"{metric}/{{}}" for kind, metric in _BY_KIND.items()}
     specs = [
         Spec(f"{prefix}{kind}", kind, "%", {name: metric.format(kind) for name, metric in references.items()})
         for kind in kinds

@@ -135,6 +135,15 @@ def test_records_of_one_image_are_one_candidate_with_all_its_captions(tmp_path: 
     assert _benchmark(split).run(model, CPU).metrics == _benchmark(whole).run(model, CPU).metrics
 
 
+def test_equal_captions_of_different_images_tie_exactly_and_cost_what_chance_does(tmp_path: Path) -> None:
+    urls = write_records(tmp_path, [make_record(name, "red", ["A red square!"]) for name in "abcd"])
+    result = _benchmark(urls, rerank_top_k=4).run(make_stage1(), CPU)
+    for metric in ("text_recall@1", "text_recall@1_itm"):
+        assert result.metrics[metric] == pytest.approx(25.0)
+    rows = [row for row in result.predictions if row["direction"] == "image_to_text"]
+    assert all(row["rank"] == 1 and row["retrieved"][0]["right"] for row in rows)
+
+
 def test_limit_counts_records(urls: list[str]) -> None:
     assert _benchmark(urls, limit=5).run(make_stage1(), CPU).metrics["candidates"] == 5
 
