@@ -118,7 +118,7 @@ class Stage1Context:
     def same_text(self) -> Tensor:
         """(B, G) bool: True where the gathered pair has the row's own text, token by token; holds the own column."""
         ids_GT, mask_GT = self.gathered_text
-        text_GT = torch.where(mask_GT, ids_GT, -1)
+        text_GT = ids_GT.masked_fill(~mask_GT, -1)
         return (text_GT[self.own_column, None] == text_GT[None, :]).all(dim=2)
 
     def images_and_negatives(self, negative_image: Tensor) -> tuple[Tensor | ImageKeysValues, Tensor]:
@@ -143,10 +143,10 @@ class Stage1Context:
 
     @cached_property
     def gathered_text(self) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, each (G, T), padded to the longest text over ranks."""
-        ids_GT = distributed.gather_padded(self.batch.input_ids, dim=1, value=0)
-        mask_GT = distributed.gather_padded(self.batch.attention_mask, dim=1, value=False)
-        return ids_GT, mask_GT
+        """Token ids and mask, each (G, T), padded to the longest text over ranks; the padding has id 0."""
+        marked_BT = self.batch.input_ids.masked_fill(~self.batch.attention_mask, -1)  # both travel as one tensor
+        marked_GT = distributed.gather_padded(marked_BT, dim=1, value=-1)
+        return marked_GT.clamp(min=0), marked_GT >= 0
 
 
 def build_context(

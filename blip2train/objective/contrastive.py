@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2train.objective.context import ObjectiveOutput, Stage1Context
+from blip2train.objective.setting import check_label_smoothing, check_weight
 
 
 def contrastive_loss(logits: Tensor, positive: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -42,8 +43,8 @@ class ContrastiveObjective:
     """
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.1, multi_positive: bool = True) -> None:
-        self.weight = weight
-        self.label_smoothing = label_smoothing
+        self.weight = check_weight(weight, "itc")
+        self.label_smoothing = check_label_smoothing(label_smoothing, "itc")
         self.multi_positive = multi_positive
 
     def __call__(self, context: Stage1Context) -> ObjectiveOutput:

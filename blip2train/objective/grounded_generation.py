@@ -12,6 +12,7 @@ from torch import Tensor
 from blip2train.batch import IGNORE_INDEX
 from blip2train.objective.context import ObjectiveOutput, Stage1Context
 from blip2train.objective.language_modeling import next_token_loss, token_accuracy
+from blip2train.objective.setting import check_label_smoothing, check_weight
 
 
 class GroundedGenerationObjective:
@@ -25,8 +26,8 @@ class GroundedGenerationObjective:
 
     def __init__(self, dec_id: int, weight: float = 1.0, label_smoothing: float = 0.1) -> None:
         self.dec_id = dec_id
-        self.weight = weight
-        self.label_smoothing = label_smoothing
+        self.weight = check_weight(weight, "itg")
+        self.label_smoothing = check_label_smoothing(label_smoothing, "itg")
 
     def __call__(self, context: Stage1Context) -> ObjectiveOutput:
         """Loss and next-token accuracy; a batch of empty texts still predicts [SEP]."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from blip2train.batch import IGNORE_INDEX
 from blip2train.objective.context import ObjectiveOutput
 from blip2train.objective.precision import full_precision
+from blip2train.objective.setting import check_label_smoothing
 
 if TYPE_CHECKING:
     from blip2train.model.language_model.base import LanguageModelOutput
@@ -56,7 +57,7 @@ class LanguageModelingObjective:
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = check_label_smoothing(label_smoothing, "lm")
 
     def __call__(self, output: LanguageModelOutput) -> ObjectiveOutput:
         """Loss and next-token accuracy over this rank's target tokens."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from blip2train.batch import IGNORE_INDEX
 from blip2train.objective.context import ObjectiveOutput, Stage1Context
 from blip2train.objective.precision import full_precision
+from blip2train.objective.setting import check_weight
 
-WEIGHT_FLOOR = 1e-8
-"""Added to every allowed probability: softmax underflows to 0, and multinomial aborts the device on an all-zero row."""
+_FINITE = 1e30
+"""Stands for infinite logits, and its negative for NaN: far beyond any similarity, yet safe to add to."""
 
 NO_NEGATIVE = -1
 """Column of a row in which nothing may be drawn."""
@@ -25,23 +26,22 @@ NO_NEGATIVE = -1
 def sample_hard_negatives(similarity: Tensor, forbidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw one column per row, with probability softmax(similarity) over the allowed columns.
 
+    Adds Gumbel noise and takes the best, which is that very distribution. `torch.multinomial` wants probabilities: they
+    underflow to 0, an all-zero row aborts, and checking for one makes the host wait for the device.
+
     Args:
-        similarity: (B, G) contrastive logits; neither written to nor given a gradient. NaN counts as impossible, so
-            that a diverged step shows in the loss instead of aborting the device.
+        similarity: (B, G) contrastive logits; neither written to nor given a gradient. NaN counts as least likely, so
+            that a diverged step shows in the loss instead of crashing here.
         forbidden: (B, G) bool, True where the pair is not a negative.
         generator: on the device of `similarity`.
 
     Returns:
         (B,) int64; `NO_NEGATIVE` where everything is forbidden.
     """
-    allowed_BG = ~forbidden
-    logits_BG = full_precision(similarity.detach()).masked_fill(forbidden, -torch.inf)
-    probability_BG = torch.nan_to_num(F.softmax(logits_BG, dim=1), nan=0.0)
-    weight_BG = (probability_BG + WEIGHT_FLOOR) * allowed_BG
-    possible_B = allowed_BG.any(dim=1)
-    # an all-zero row is an error to multinomial: let it draw anything, then say so
-    drawn_B = torch.multinomial(weight_BG + (~possible_B)[:, None], 1, generator=generator).squeeze(1)
-    return torch.where(possible_B, drawn_B, NO_NEGATIVE)
+    logits_BG = full_precision(similarity.detach()).nan_to_num(nan=-_FINITE, posinf=_FINITE, neginf=-_FINITE)
+    gumbel_BG = -torch.empty_like(logits_BG).exponential_(generator=generator).log()
+    drawn_B = (logits_BG + gumbel_BG).masked_fill(forbidden, -torch.inf).argmax(dim=1)
+    return torch.where(forbidden.all(dim=1), NO_NEGATIVE, drawn_B)
 
 
 class MatchingObjective:
@@ -55,7 +55,7 @@ class MatchingObjective:
     """
 
     def __init__(self, weight: float = 1.0, hard_negatives: bool = True, same_text_matches: bool = False) -> None:
-        self.weight = weight
+        self.weight = check_weight(weight, "itm")
         self.hard_negatives = hard_negatives
         self.same_text_matches = same_text_matches
 
