@@ -158,6 +158,19 @@ def test_a_stage1_run_alone_has_curves_and_retrieval_but_no_empty_sections(tmp_p
     assert not {"held-out", "kinds", "comparison", "time"} & set(page.ids())
 
 
+def test_bars_stay_within_their_track_whatever_the_number(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "s2")
+    run.write_eval(
+        "vqa", {"vqa_accuracy": 20.0, "vqa_blind": 30.0, "bridging_efficiency": -0.2, "caption_cider": 0.0}, []
+    )
+    page = _page([run], tmp_path)
+    styles = [attributes["style"] or "" for tag, attributes in page.found if tag == "i" and "style" in attributes]
+    widths = [float(width) for width in re.findall(r"width: (-?[\d.]+)%", " ".join(styles))]
+    assert len(widths) == 4
+    assert all(0 <= width <= 100 for width in widths)
+    assert "-0.20" in page.text
+
+
 def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     page = _page([RunDir(tmp_path / "nothing")], tmp_path)
     assert "facts" in page.ids()
