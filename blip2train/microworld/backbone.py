@@ -51,6 +51,7 @@ def pretrain(
     seed: int = 0,
     bfloat16: bool = False,
     command: str = "",
+    num_scenes: int = 300,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make one part under `out/<part>` and note how good it is in `out/world.json`.
@@ -65,6 +66,7 @@ def pretrain(
         seed: of weights and batches.
         bfloat16: compute in bfloat16 (faster where the CPU has it, and not the same weights to the last bit).
         command: the command line to note in `world.json`.
+        num_scenes: how many scenes of each size a language model is measured on.
         progress: called after every step.
 
     Returns:
@@ -87,7 +89,7 @@ def pretrain(
     model = trained(part, spec, plan, state_path, progress)
     export(part, model, folder)
     state_path.unlink(missing_ok=True)
-    entry = {"command": command, "plan": asdict(plan), "scores": measure(part, spec, folder)}
+    entry = {"command": command, "plan": asdict(plan), "scores": measure(part, spec, folder, num_scenes)}
     return note(part, spec, Path(out), entry)
 
 
