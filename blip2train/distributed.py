@@ -46,7 +46,7 @@ def gather(local: Tensor, *, with_grad: bool = False) -> Tensor:
     if world_size() == 1:
         return local if with_grad else local.detach()
     if with_grad:
-        return torch.cat(list(all_gather_with_grad(local.contiguous())), dim=0)
+        return torch.cat(list(all_gather_with_grad(local.contiguous())), dim=0)  # type: ignore[no-untyped-call]
     parts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local.detach().contiguous())
     return torch.cat(parts, dim=0)

@@ -60,7 +60,7 @@ def evaluate(config: DictConfig, run: RunDir) -> dict[str, dict[str, float]]:
 
 
 def merge_with_run(config: DictConfig, trained: DictConfig) -> DictConfig:
-    """The run's own config with the benchmarks and roots of an evaluation: its interpolations now meet the model's facts.
+    """The run's own config with the benchmarks and roots of an evaluation, which interpolate the model's facts.
 
     Raises:
         ConfigError: neither names a benchmark.

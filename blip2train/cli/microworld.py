@@ -1,4 +1,4 @@
-"""`blip2train microworld build|pretrain`: the embedded world's data, and the tiny frozen backbones that ship with it."""
+"""`blip2train microworld build|pretrain`: the embedded world's data, and the tiny frozen backbones shipped with it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.errors import ConfigError
-from blip2train.run_dir import RunDir, write_json
+from blip2train.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -80,6 +80,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         weights_only=True,
     )
     if trainer.is_global_zero:
+        notes["data"] = datamodule.counters()
         _note_outcome(run, trainer, notes, interrupt.signal_name)
     return TrainOutcome(run, trainer.global_step, interrupt.signal_name)
 
@@ -189,8 +190,21 @@ def _write_provenance(config: DictConfig, run: RunDir, *, resumed: bool, vocab_s
     shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
     run.path.mkdir(parents=True, exist_ok=True)
     run.config_path.write_text(resolved_yaml(config), encoding="utf-8")
+    _check_backbones(config, shards)
     facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
     write_json(run.manifest_path, facts | {"chance_levels": _chance_levels(config, vocab_size)})
+
+
+def _check_backbones(config: DictConfig, shards: list[str]) -> None:
+    """The shipped backbones only know the world they were made for."""
+    from blip2train.microworld.backbone import ASSETS, check_backbones
+    from blip2train.microworld.pack import MANIFEST
+
+    if not str(config.model.vision_encoder.get("weights") or "").startswith(str(ASSETS)):
+        return
+    for folder in {Path(url).parent for url in shards}:
+        if (folder / MANIFEST).is_file():
+            check_backbones(read_json(folder / MANIFEST)["world_hash"])
 
 
 def _chance_levels(config: DictConfig, vocab_size: int) -> dict[str, float]:
