@@ -23,9 +23,8 @@ from blip2train.benchmark.base import (
 )
 from blip2train.benchmark.prompting import generate_texts, visual_prompts
 from blip2train.benchmark.shuffle import other_image
-from blip2train.benchmark.thumbnail import thumbnail
+from blip2train.benchmark.thumbnail import gather_pictures, read_with_pictures
 from blip2train.data.image_transform import Transform
-from blip2train.data.sample import read_eval_items
 from blip2train.data.tokenizer import LanguageModelTokenizer
 from blip2train.distributed import gather_objects, rank, world_size
 from blip2train.errors import DataError
@@ -88,21 +87,19 @@ class CaptioningBenchmark:
         pictures: dict[str, bytes] = {}
         extras: list[Mapping[str, Any]] = []
         with evaluating(model):
-            items = read_eval_items(self.urls, self.transform, self.limit, rank=rank(), world_size=world_size())
+            items = read_with_pictures(self.urls, self.transform, self.limit, pictures)
             for window in windows(items, self.batch_size):
                 for item, caption in zip(window, self._captions(model, window, device), strict=True):
                     position = len(local) * world_size() + rank()
                     local.append(_row(item, caption) | {"position": position})
                     extras.append(item.extra)
-                    pictures[item.key] = thumbnail(item.image)
                 if progress is not None:
                     progress(len(local), None)
             blind = self._generate(model, [self.prompt], None, device)[0] if self.blind else None
         rows, all_extras = _merge(list(zip(local, extras, strict=True)), self.name)
         metrics = self._score(rows, all_extras, blind)
         shown = _choose_shown(rows, self.num_pictures)
-        mine = [(key, data) for key, data in pictures.items() if key in shown]
-        return BenchmarkResult(metrics, rows, dict(gather_objects(mine)))
+        return BenchmarkResult(metrics, rows, gather_pictures(pictures, shown))
 
     def _captions(self, model: Blip2Stage2, window: Sequence[EvalItem], device: torch.device) -> list[str]:
         visual_BQL = visual_prompts(model, window, device, self.batch_size)

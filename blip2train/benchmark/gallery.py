@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from blip2train.batch import EvalItem
-from blip2train.benchmark.thumbnail import thumbnail
 from blip2train.data.caption import clean_caption
 from blip2train.data.tokenizer import QFormerTokenizer
 from blip2train.distributed import gather_objects, rank, world_size
@@ -30,7 +29,6 @@ class LocalImages:
     items: list[EvalItem]
     tokens: list[Tensor]
     features: Tensor
-    pictures: list[bytes]
 
 
 @dataclass(slots=True)
@@ -71,7 +69,7 @@ def encode_images(
     advance: Callable[[int], None],
 ) -> LocalImages:
     """Encode a stream of images; pixels are dropped after each batch."""
-    local = LocalImages([], [], torch.empty(0), [])
+    local = LocalImages([], [], torch.empty(0))
     features: list[Tensor] = []
     for batch in _batches(items, batch_size):
         pixels_B3hw = torch.stack([item.image for item in batch]).to(device)
@@ -79,7 +77,6 @@ def encode_images(
         features_BQE = model.image_features(model.encode_image(tokens_BPI).hidden)
         features.append(features_BQE.float().cpu())
         local.tokens += tokens_BPI.to(cache_dtype).cpu().unbind(0)
-        local.pictures += [thumbnail(item.image) for item in batch]
         local.items += [replace(item, image=torch.empty(0, dtype=torch.uint8)) for item in batch]
         advance(len(batch))
     if features:

@@ -16,10 +16,10 @@ from blip2train.batch import EvalItem
 from blip2train.benchmark.base import BenchmarkResult, Prediction, Progress, evaluating
 from blip2train.benchmark.gallery import Gallery, LocalImages, build_gallery, encode_images, similarity
 from blip2train.benchmark.rerank import candidates, different_pairs, matching_scores, reranked
+from blip2train.benchmark.thumbnail import gather_pictures, read_with_pictures
 from blip2train.data.image_transform import Transform
-from blip2train.data.sample import read_eval_items
 from blip2train.data.tokenizer import QFormerTokenizer
-from blip2train.distributed import gather_objects, rank, world_size
+from blip2train.distributed import world_size
 from blip2train.metric.retrieval import recall_at_k
 from blip2train.model.blip2_stage1 import Blip2Stage1
 
@@ -76,9 +76,9 @@ class RetrievalBenchmark:
         self.ceiling, self.num_pictures = ceiling, num_pictures
 
     def run(self, model: Blip2Stage1, device: torch.device, progress: Progress | None = None) -> BenchmarkResult:
-        work = _Work(progress)
+        work, pictures = _Work(progress), dict[str, bytes]()
         with evaluating(model):
-            items = read_eval_items(self.urls, self.transform, self.limit, rank=rank(), world_size=world_size())
+            items = read_with_pictures(self.urls, self.transform, self.limit, pictures)
             local = encode_images(model, items, device, self.batch_size, self.cache_dtype, work.advance)
             gallery = build_gallery(
                 model, local, self.tokenizer, device, self.batch_size, self.max_tokens, self.clean, work.advance
@@ -88,8 +88,7 @@ class RetrievalBenchmark:
         metrics = self._metrics(gallery, similarity_NM, itm)
         predictions = _rows(gallery, similarity_NM, itm)
         shown = _choose_shown(predictions, self.num_pictures)
-        pictures = {item.key: data for item, data in zip(local.items, local.pictures, strict=True) if item.key in shown}
-        return BenchmarkResult(metrics, predictions, dict(gather_objects(list(pictures.items()))))
+        return BenchmarkResult(metrics, predictions, gather_pictures(pictures, shown))
 
     def _rerank(
         self,

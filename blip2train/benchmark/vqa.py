@@ -26,10 +26,9 @@ from blip2train.benchmark.base import (
 )
 from blip2train.benchmark.prompting import check_template, generate_texts, visual_prompts
 from blip2train.benchmark.shuffle import other_image
-from blip2train.benchmark.thumbnail import thumbnail
+from blip2train.benchmark.thumbnail import gather_pictures, read_with_pictures
 from blip2train.data.caption import clean_question
 from blip2train.data.image_transform import Transform
-from blip2train.data.sample import read_eval_items
 from blip2train.data.tokenizer import LanguageModelTokenizer
 from blip2train.distributed import gather_objects, rank, world_size
 from blip2train.errors import DataError
@@ -102,20 +101,18 @@ class VqaBenchmark:
         pictures: dict[str, bytes] = {}
         images_done = 0
         with evaluating(model):
-            items = read_eval_items(self.urls, self.transform, self.limit, rank=rank(), world_size=world_size())
+            items = read_with_pictures(self.urls, self.transform, self.limit, pictures)
             for window in windows(items, self.window_size):
                 for row in self._answer(model, window, device):
                     position = (images_done + row.pop("item")) * world_size() + rank()
                     local.append(row | {"position": position})
-                pictures |= {item.key: thumbnail(item.image) for item in window if item.questions}
                 images_done += len(window)
                 if progress is not None:
                     progress(images_done, None)
         rows = _merge(local, self.name)
         metrics = self._score(rows)
         shown = _choose_shown(rows, self.num_pictures)
-        mine = [(key, data) for key, data in pictures.items() if key in shown]
-        return BenchmarkResult(metrics, rows, dict(gather_objects(mine)))
+        return BenchmarkResult(metrics, rows, gather_pictures(pictures, shown))
 
     def _answer(self, model: Blip2Stage2, window: Sequence[EvalItem], device: torch.device) -> list[Prediction]:
         asked = [(row, question) for row, item in enumerate(window) for question in item.questions]

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmark_world import make_record, write_records
 from PIL import Image
 from torch import nn
 
 from blip2train.batch import EvalItem
 from blip2train.benchmark.base import evaluating, mean_by, percent, windows
-from blip2train.benchmark.thumbnail import LONGEST_SIDE, thumbnail
+from blip2train.benchmark.thumbnail import LONGEST_SIDE, read_with_pictures, thumbnail
 from blip2train.run_dir import RunDir
 
 
@@ -56,6 +57,17 @@ def test_thumbnail_is_a_small_jpeg_of_the_same_picture() -> None:
     assert (pixels[-10, 40] - [0, 0, 250]).max() < 12
     tiny = Image.open(BytesIO(thumbnail(torch.zeros(3, 64, 64, dtype=torch.uint8))))
     assert tiny.size == (64, 64)
+
+
+def test_pictures_are_kept_as_they_were_before_the_encoders_transform(tmp_path: Path) -> None:
+    urls = write_records(tmp_path, [make_record(name, color, [name]) for name, color in (("a", "red"), ("b", "blue"))])
+    pictures: dict[str, bytes] = {}
+    items = list(read_with_pictures(urls, lambda image, generator: image[:, :2, :3], None, pictures))
+    assert [item.image.shape for item in items] == [(3, 2, 3)] * 2
+    for key, channel in (("a", 0), ("b", 2)):
+        picture = np.asarray(Image.open(BytesIO(pictures[key])))
+        assert picture.shape == (8, 8, 3)
+        assert picture.mean(axis=(0, 1)).argmax() == channel
 
 
 def test_run_folder_keeps_pictures_by_key_and_drops_those_of_an_earlier_evaluation(tmp_path: Path) -> None:
