@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 
 from blip2train import distributed
 from blip2train.checkpoint.io import TRAINER_STATE, disk_error, list_checkpoints, save_checkpoint
+from blip2train.errors import ConfigError
+from blip2train.model.freezing import count_parameters
 from blip2train.run_dir import RunDir
 
 
@@ -37,6 +39,16 @@ class CheckpointCallback(pl.Callback):
         self.run, self.every_steps, self.keep_last = run, every_steps, keep_last
         self.trainer_state, self.metadata = trainer_state, dict(metadata or {})
         self._saved_step = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainable, _ = count_parameters(pl_module.model)  # type: ignore[arg-type]
+        needed, free = estimated_bytes(trainable, self.keep_last), free_bytes(self.run.path)
+        if needed > free:
+            raise ConfigError(
+                f"the checkpoints need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
+                where=f"run_dir={self.run.path}",
+                fix="free some space, give another run_dir=, or checkpoint.keep_last=1 or checkpoint.trainer_state=false",
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
