@@ -29,9 +29,16 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """One retrieval query and its best five: `entries` are (picture or text, is it right)."""
+    """One retrieval query and its best five.
 
-    picture: str | None
+    Args:
+        picture: of the query, or the one that a text query was written for.
+        text: of the query, or one that belongs to an image query.
+        rank: of the best right candidate, from 1.
+        entries: (picture or text, is it right), best first.
+    """
+
+    picture: str
     text: str
     rank: int
     entries: Sequence[tuple[str, bool]]
@@ -72,7 +79,7 @@ def text_to_image(evaluation: Evaluation, count: int) -> list[Ranking]:
     rows = _mixed(_shown(evaluation, "text_to_image"), _ranked_first, count)
     return [
         Ranking(
-            None,
+            _picture(evaluation, row["key"]),
             row["text"],
             row["rank"],
             [(_picture(evaluation, entry["key"]), entry["right"]) for entry in row["retrieved"]],
