@@ -8,7 +8,7 @@ Trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from blip2train.batch import EvalItem
+from blip2train.data.shards import open_shards
+from blip2train.distributed import rank, world_size
 
 Prediction = dict[str, Any]
 """One row of predictions.jsonl: plain JSON values; `key` and `image_id` name the record it belongs to."""
@@ -78,6 +80,16 @@ def windows(items: Iterable[EvalItem], size: int) -> Iterator[list[EvalItem]]:
             buffer = buffer[size:]
     if buffer:
         yield buffer
+
+
+def share_of_records(urls: Sequence[str], limit: int | None) -> int | None:
+    """How many records this rank will read, for a progress bar's end; None where a shard has no index beside it."""
+    counts = [shard.num_records for shard in open_shards(urls)]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return None
+    total = sum(known) if limit is None else min(limit, sum(known))
+    return len(range(rank(), total, world_size()))
 
 
 def percent(values: Iterable[float]) -> float:

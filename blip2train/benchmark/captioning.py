@@ -19,6 +19,7 @@ from blip2train.benchmark.base import (
     Progress,
     evaluating,
     percent,
+    share_of_records,
     windows,
 )
 from blip2train.benchmark.prompting import generate_texts, visual_prompts
@@ -86,6 +87,7 @@ class CaptioningBenchmark:
         local: list[Prediction] = []
         pictures: dict[str, bytes] = {}
         extras: list[Mapping[str, Any]] = []
+        total = share_of_records(self.urls, self.limit)
         with evaluating(model):
             items = read_with_pictures(self.urls, self.transform, self.limit, pictures)
             for window in windows(items, self.batch_size):
@@ -94,7 +96,7 @@ class CaptioningBenchmark:
                     local.append(_row(item, caption) | {"position": position})
                     extras.append(item.extra)
                 if progress is not None:
-                    progress(len(local), None)
+                    progress(len(local), total)
             blind = self._generate(model, [self.prompt], None, device)[0] if self.blind else None
         rows, all_extras = _merge(list(zip(local, extras, strict=True)), self.name)
         metrics = self._score(rows, all_extras, blind)

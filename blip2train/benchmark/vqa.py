@@ -22,6 +22,7 @@ from blip2train.benchmark.base import (
     evaluating,
     mean_by,
     percent,
+    share_of_records,
     windows,
 )
 from blip2train.benchmark.prompting import check_template, generate_texts, visual_prompts
@@ -99,7 +100,7 @@ class VqaBenchmark:
     def run(self, model: Blip2Stage2, device: torch.device, progress: Progress | None = None) -> BenchmarkResult:
         local: list[Prediction] = []
         pictures: dict[str, bytes] = {}
-        images_done = 0
+        images_done, total = 0, share_of_records(self.urls, self.limit)
         with evaluating(model):
             items = read_with_pictures(self.urls, self.transform, self.limit, pictures)
             for window in windows(items, self.window_size):
@@ -108,7 +109,7 @@ class VqaBenchmark:
                     local.append(row | {"position": position})
                 images_done += len(window)
                 if progress is not None:
-                    progress(images_done, None)
+                    progress(images_done, total)
         rows = _merge(local, self.name)
         metrics = self._score(rows)
         shown = _choose_shown(rows, self.num_pictures)

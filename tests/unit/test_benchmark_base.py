@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from blip2train.batch import EvalItem
-from blip2train.benchmark.base import evaluating, mean_by, percent, windows
+from blip2train.benchmark.base import evaluating, mean_by, percent, share_of_records, windows
 from blip2train.benchmark.thumbnail import LONGEST_SIDE, read_with_pictures, thumbnail
 from blip2train.run_dir import RunDir
 
@@ -68,6 +68,15 @@ def test_pictures_are_kept_as_they_were_before_the_encoders_transform(tmp_path: 
         picture = np.asarray(Image.open(BytesIO(pictures[key])))
         assert picture.shape == (8, 8, 3)
         assert picture.mean(axis=(0, 1)).argmax() == channel
+
+
+def test_progress_knows_its_end_where_the_shards_have_an_index(tmp_path: Path) -> None:
+    urls = write_records(tmp_path, [make_record(str(index), "red", ["red"]) for index in range(7)])
+    assert share_of_records(urls, None) == 7
+    assert share_of_records(urls, 3) == 3
+    assert share_of_records(urls, 100) == 7
+    (tmp_path / "index.json").unlink()
+    assert share_of_records(urls, None) is None
 
 
 def test_run_folder_keeps_pictures_by_key_and_drops_those_of_an_earlier_evaluation(tmp_path: Path) -> None:

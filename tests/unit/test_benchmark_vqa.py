@@ -93,6 +93,12 @@ def test_windows_and_batches_change_only_who_is_shuffled_with_whom(urls: list[st
         assert other["shuffled_key"] != other["key"]
 
 
+def test_progress_counts_images_to_its_end(urls: list[str]) -> None:
+    seen: list[tuple[int, int | None]] = []
+    _benchmark(urls, window_size=3).run(ScriptedStage2(), CPU, lambda done, total: seen.append((done, total)))
+    assert seen == [(3, 7), (7, 7)]
+
+
 def test_controls_can_be_left_out_and_a_single_image_has_no_shuffled_one(urls: list[str]) -> None:
     plain = _benchmark(urls, blind=False, shuffled=False).run(ScriptedStage2(), CPU).metrics
     assert not {"vqa_blind", "vqa_shuffled", "vqa_oracle", "bridging_efficiency"} & set(plain)
