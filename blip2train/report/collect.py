@@ -59,26 +59,6 @@ def collect_runs(runs: Sequence[RunDir]) -> list[Run]:
     return [_collect(run, name) for run, name in zip(runs, names, strict=True)]
 
 
-def chance_levels(
-    *, global_batch_size: int, qformer_vocab_size: int | None = None, language_model_vocab_size: int | None = None
-) -> dict[str, float]:
-    """What each logged quantity is for a model that has learned nothing; goes into manifest.json as `chance_levels`.
-
-    Losses are natural-log cross-entropies of a uniform guess: ln(images in the global batch) for ITC, ln(vocabulary)
-    for generation. The matching loss sees two negatives per positive, so its level is the entropy of (1/3, 2/3).
-    """
-    levels = {
-        "train/itc_loss": math.log(global_batch_size),
-        "train/itm_loss": math.log(3) - 2 / 3 * math.log(2),
-        "train/itm_accuracy": 2 / 3,
-    }
-    if qformer_vocab_size is not None:
-        levels["train/itg_loss"] = math.log(qformer_vocab_size)
-    if language_model_vocab_size is not None:
-        levels["train/lm_loss"] = math.log(language_model_vocab_size)
-    return levels
-
-
 def _collect(run: RunDir, name: str) -> Run:
     evaluations = []
     for benchmark in run.benchmarks():

@@ -1,12 +1,9 @@
 """What a report says about numbers: reference points, chance levels, names, tables, published numbers."""
 
 import json
-import math
 from pathlib import Path
 
-import pytest
-
-from blip2train.report.collect import Evaluation, Run, chance_levels, collect_runs
+from blip2train.report.collect import Evaluation, Run, collect_runs
 from blip2train.report.paper import PAPER
 from blip2train.report.score import held_out_pairs, scores_by_kind, scores_of
 from blip2train.report.table import comparison, paper_rows, paper_table, score_table
@@ -15,16 +12,6 @@ from blip2train.run_dir import RunDir
 
 def _run(name: str, **evaluations: dict[str, float]) -> Run:
     return Run(name, {}, "", [], [Evaluation(key, metrics, [], {}) for key, metrics in evaluations.items()])
-
-
-def test_chance_levels_are_the_cross_entropies_of_guessing() -> None:
-    levels = chance_levels(global_batch_size=48, qformer_vocab_size=71, language_model_vocab_size=90)
-    assert levels["train/itc_loss"] == pytest.approx(-sum(1 / 48 * math.log(1 / 48) for _ in range(48)))
-    assert levels["train/itm_loss"] == pytest.approx(-(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3)))
-    assert levels["train/itm_loss"] == pytest.approx(0.6365, abs=1e-4)
-    assert levels["train/itg_loss"] == pytest.approx(math.log(71))
-    assert levels["train/lm_loss"] == pytest.approx(math.log(90))
-    assert "train/lm_loss" not in chance_levels(global_batch_size=4)
 
 
 def test_scores_carry_the_reference_points_that_were_measured_and_no_others() -> None:
