@@ -14,7 +14,7 @@ from torch import Tensor
 from blip2train.batch import IGNORE_INDEX
 from blip2train.objective.context import ObjectiveOutput, Stage1Context
 from blip2train.objective.precision import full_precision
-from blip2train.objective.setting import check_weight
+from blip2train.objective.setting import check_share, check_weight
 
 _FINITE = 1e30
 """Stands for infinite logits, and its negative for NaN: far beyond any similarity, yet safe to add to."""
@@ -49,14 +49,16 @@ class MatchingObjective:
 
     Args:
         weight: factor of this loss in the sum.
-        hard_negatives: True draws by contrastive similarity; False draws evenly, and then needs no contrastive pass.
+        hard_share: chance of each negative to be drawn by contrastive similarity, as in the paper (1.0); the others are
+            drawn evenly. Below 1 the loss leaves its plateau (always "no match") sooner: easy pairs teach it. At 0
+            no contrastive pass is needed.
         same_text_matches: True: a pair with the same text is no negative either, as it is none with the same image.
             Worth it where captions repeat, as in synthetic data; LAVIS knows neither.
     """
 
-    def __init__(self, weight: float = 1.0, hard_negatives: bool = True, same_text_matches: bool = False) -> None:
+    def __init__(self, weight: float = 1.0, hard_share: float = 1.0, same_text_matches: bool = False) -> None:
         self.weight = check_weight(weight, "itm")
-        self.hard_negatives = hard_negatives
+        self.hard_share = check_share(hard_share, "stage.objectives.itm.hard_share")
         self.same_text_matches = same_text_matches
 
     def __call__(self, context: Stage1Context) -> ObjectiveOutput:
@@ -74,14 +76,24 @@ class MatchingObjective:
 
     def _negatives(self, context: Stage1Context) -> tuple[Tensor, Tensor]:
         forbidden_BG = context.same_image | context.same_text if self.same_text_matches else context.same_image
-        if self.hard_negatives:
-            text_to_image_BG, image_to_text_BG = context.similarity_t2i, context.similarity_i2t
-        else:
-            text_to_image_BG = image_to_text_BG = torch.zeros(forbidden_BG.shape, device=forbidden_BG.device)
+        evenly_BG = torch.zeros(forbidden_BG.shape, device=forbidden_BG.device)
+        if not self.hard_share:
+            return (
+                sample_hard_negatives(evenly_BG, forbidden_BG, context.generator),
+                sample_hard_negatives(evenly_BG, forbidden_BG, context.generator),
+            )
         return (
-            sample_hard_negatives(text_to_image_BG, forbidden_BG, context.generator),
-            sample_hard_negatives(image_to_text_BG, forbidden_BG, context.generator),
+            sample_hard_negatives(self._soften(context.similarity_t2i, context), forbidden_BG, context.generator),
+            sample_hard_negatives(self._soften(context.similarity_i2t, context), forbidden_BG, context.generator),
         )
+
+    def _soften(self, similarity_BG: Tensor, context: Stage1Context) -> Tensor:
+        """Similarities with the rows of easy draws flattened to zero."""
+        if self.hard_share == 1.0:
+            return similarity_BG
+        device = similarity_BG.device
+        hard_B = torch.rand(len(similarity_BG), device=device, generator=context.generator) < self.hard_share
+        return torch.where(hard_B[:, None], similarity_BG, 0.0)
 
 
 def matching_labels(negative_image: Tensor, negative_text: Tensor) -> Tensor:

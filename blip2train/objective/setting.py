@@ -28,3 +28,10 @@ def check_label_smoothing(label_smoothing: float, objective: str) -> float:
             fix="give a share from 0 to below 1; LAVIS uses 0.1 in stage 1 and none in stage 2",
         )
     return label_smoothing
+
+
+def check_share(share: float, where: str) -> float:
+    """Return the share if it lies in [0, 1], else raise a ConfigError."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share is {share}", where=where, fix="give a number from 0 to 1")
+    return share

@@ -13,7 +13,7 @@ from blip2train.objective.grounded_generation import GroundedGenerationObjective
 from blip2train.objective.matching import MatchingObjective
 
 ITC, ITM, ITG = ContrastiveObjective(), MatchingObjective(), GroundedGenerationObjective(dec_id=DEC_ID)
-EVEN_ITM = MatchingObjective(hard_negatives=False)
+EVEN_ITM = MatchingObjective(hard_share=0.0)
 
 
 def _calls(*objectives: Objective) -> Counter[str]:

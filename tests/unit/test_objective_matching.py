@@ -5,6 +5,7 @@ import torch
 from fake_stage1 import fake_batch, fake_model
 
 from blip2train.batch import IGNORE_INDEX
+from blip2train.errors import ConfigError
 from blip2train.objective import matching
 from blip2train.objective.context import build_context
 from blip2train.objective.matching import NO_NEGATIVE, MatchingObjective, matching_labels, sample_hard_negatives
@@ -126,7 +127,7 @@ def test_two_captions_of_one_image_are_never_each_others_negatives(monkeypatch: 
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         batch = fake_batch(5, image_ids=image_ids)
-        MatchingObjective(hard_negatives=seed % 2 == 0)(
+        MatchingObjective(hard_share=(0.0, 0.5, 1.0)[seed % 3])(
             build_context(fake_model(), batch, gather_gradients=True, generator=generator)
         )
     assert len(drawn) == 40
@@ -151,11 +152,11 @@ def test_repeated_texts_are_no_negatives_when_asked_to(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("image_ids", [[3], [3, 3]])
-@pytest.mark.parametrize("hard", [True, False])
-def test_without_any_negative_only_positives_count(image_ids: list[int], hard: bool) -> None:
+@pytest.mark.parametrize("hard", [1.0, 0.5, 0.0])
+def test_without_any_negative_only_positives_count(image_ids: list[int], hard: float) -> None:
     model = fake_model()
     batch = fake_batch(len(image_ids), image_ids=image_ids)
-    output = MatchingObjective(hard_negatives=hard)(build_context(model, batch, gather_gradients=True))
+    output = MatchingObjective(hard_share=hard)(build_context(model, batch, gather_gradients=True))
     output.loss.backward()
     with torch.no_grad():
         logits_B2 = model.matching_logits(model.image_tokens(batch.pixel_values), batch.input_ids, batch.attention_mask)
@@ -168,3 +169,25 @@ def test_without_any_negative_only_positives_count(image_ids: list[int], hard: b
 def test_loss_of_half_precision_logits_is_taken_in_float32() -> None:
     context = build_context(fake_model().bfloat16(), fake_batch(4), gather_gradients=True)
     assert MatchingObjective()(context).loss.dtype == torch.float32
+
+
+def test_hard_share_is_the_share_of_rows_drawn_by_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
+    flattened = []
+
+    def spy(similarity: torch.Tensor, *_: object) -> torch.Tensor:
+        flattened.extend((similarity == 0).all(dim=1).tolist())
+        return torch.zeros(len(similarity), dtype=torch.int64)
+
+    monkeypatch.setattr(matching, "sample_hard_negatives", spy)
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        context = build_context(fake_model(), fake_batch(6), gather_gradients=True, generator=generator)
+        MatchingObjective(hard_share=0.25)(context)
+    assert len(flattened) == 60 * 2 * 6
+    assert abs(sum(flattened) / len(flattened) - 0.75) < 0.06
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_hard_share_outside_zero_to_one_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="give a number from 0 to 1"):
+        MatchingObjective(hard_share=share)

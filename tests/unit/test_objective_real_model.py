@@ -16,7 +16,7 @@ from blip2train.objective.matching import MatchingObjective
 OBJECTIVES: dict[str, Objective] = {
     "itc": ContrastiveObjective(),
     "itm": MatchingObjective(),
-    "itm_even": MatchingObjective(hard_negatives=False, same_text_matches=True),
+    "itm_even": MatchingObjective(hard_share=0.0, same_text_matches=True),
     "itg": GroundedGenerationObjective(dec_id=4),
 }
 
