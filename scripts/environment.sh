@@ -1,8 +1,14 @@
 # Sourced by the other scripts: a virtual environment in .venv with the pinned packages, made once. Needs python3 and pip.
 #   BLIP2TRAIN_VENV   another place for it
 #   BLIP2TRAIN_EXTRAS what to install besides the core, e.g. dev,deepspeed
+#   BLIP2TRAIN_PYTHON a python that has everything already (a container's, conda's): used as it is, nothing is made or installed
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
+if [ -n "${BLIP2TRAIN_PYTHON:-}" ]; then
+  [ -x "$BLIP2TRAIN_PYTHON" ] || { echo "BLIP2TRAIN_PYTHON=$BLIP2TRAIN_PYTHON is no executable file" >&2; exit 1; }
+  export PATH="$(cd "$(dirname "$BLIP2TRAIN_PYTHON")" && pwd):$PATH"
+  return
+fi
 venv="${BLIP2TRAIN_VENV:-$root/.venv}"
 extras="${BLIP2TRAIN_EXTRAS:-}"
 

@@ -2,4 +2,4 @@
 # From nothing to a trained and evaluated BLIP-2 on the embedded micro-world; overrides as for `blip2train quickstart`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec blip2train quickstart "$@"
+exec python -m blip2train.cli.main quickstart "$@"
