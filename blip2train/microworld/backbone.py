@@ -21,7 +21,7 @@ from torch import nn
 from blip2train.errors import ConfigError
 from blip2train.microworld import oracle
 from blip2train.microworld.pretrain_image import DenseHeads, build_vit, image_step
-from blip2train.microworld.pretrain_text import build_opt, build_t5, causal_step, seq2seq_step
+from blip2train.microworld.pretrain_text import build_opt, build_t5, causal_step, position_biases, seq2seq_step
 from blip2train.microworld.scene import WorldSpec
 from blip2train.microworld.training import Plan, Progress, train
 from blip2train.microworld.vocabulary import LANGUAGE_MODEL_TOKENS, QFORMER_TOKENS, save_tokenizer, world_hash
@@ -36,7 +36,7 @@ WEIGHTS = "model.safetensors"
 PLANS: Mapping[str, Plan] = {
     "vit": Plan(steps=4000, batch_size=64, lr=2e-3, warmup_steps=100, weight_decay=0.02),
     "opt": Plan(steps=9000, batch_size=32, lr=3e-3),
-    "t5": Plan(steps=6000, batch_size=12, lr=3e-3),
+    "t5": Plan(steps=6000, batch_size=16, lr=1e-3),
 }
 """The recipes of the shipped weights."""
 MEASURED_OBJECTS = {"one_object": 1, "two_objects": 2, "three_objects": 3}
@@ -100,15 +100,13 @@ def trained(part: str, spec: WorldSpec, plan: Plan, state_path: Path, progress: 
         heads = DenseHeads(build_vit(spec.size))
         train(heads, image_step(heads, spec, plan), plan, state_path, progress)
         return heads.vit
-    model: nn.Module
     if part == "opt":
-        model = opt = build_opt()
-        loss_of_step = causal_step(opt, spec, plan)
-    else:
-        model = t5 = build_t5()
-        loss_of_step = seq2seq_step(t5, spec, plan)
-    train(model, loss_of_step, plan, state_path, progress)
-    return model
+        opt: nn.Module = build_opt()
+        train(opt, causal_step(opt, spec, plan), plan, state_path, progress)
+        return opt
+    t5: nn.Module = build_t5()
+    train(t5, seq2seq_step(t5, spec, plan), plan, state_path, progress, position_biases(t5))
+    return t5
 
 
 def export(part: str, model: nn.Module, folder: Path) -> None:

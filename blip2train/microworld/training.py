@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from blip2train.errors import CheckpointError
 from blip2train.optim.schedule import warmup_cosine
 
 logger = logging.getLogger(__name__)
+
+FAST_FACTOR = 10.0
+"""For scalars that must grow to about 5: at the rate of the weights that takes thousands of steps."""
 
 Progress = Callable[[int, int, float], None]
 """Called with steps done, steps in all, and the last loss."""
@@ -33,7 +37,7 @@ class Plan:
         batch_size: documents or images per step.
         lr: peak learning rate.
         warmup_steps: linear warm-up.
-        weight_decay: AdamW's, on everything.
+        weight_decay: AdamW's, on everything but fast parameters.
         bfloat16: compute in bfloat16 under autocast; twice as fast on CPUs that have it, slower on those that do not.
         seed: of the initial weights and of every batch.
         save_every_steps: how often the state to resume from is written.
@@ -55,6 +59,7 @@ def train(
     plan: Plan,
     state_path: Path,
     progress: Progress | None = None,
+    fast_parameters: Sequence[nn.Parameter] = (),
 ) -> None:
     """Train `module` in place for `plan.steps`, or for what is left of them if `state_path` holds an earlier part.
 
@@ -63,20 +68,21 @@ def train(
         loss_of_step: step number -> scalar loss; draws its own batch from (seed, step), so that a resumed run
             continues exactly.
         plan: the recipe.
-        state_path: file to resume from; removed at the end.
+        state_path: file to resume from; its removal is the caller's, once the result is safe.
         progress: called after every step.
+        fast_parameters: some of the module's, trained at `FAST_FACTOR` times the rate.
 
     Raises:
         CheckpointError: the state belongs to another plan.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
+    optimizer = _optimizer(module, plan, fast_parameters)
     first = _resume(module, optimizer, plan, state_path)
     began = reported = time.monotonic()
     module.train()
     for step in range(first, plan.steps):
         factor = warmup_cosine(step, warmup_steps=plan.warmup_steps, max_steps=plan.steps)
         for group in optimizer.param_groups:
-            group["lr"] = plan.lr * factor
+            group["lr"] = plan.lr * group["rate"] * factor
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.bfloat16):
             loss = loss_of_step(step)
         optimizer.zero_grad()
@@ -96,6 +102,15 @@ def train(
         if done % plan.save_every_steps == 0 and done < plan.steps:
             _save(module, optimizer, plan, done, state_path)
     module.eval()
+
+
+def _optimizer(module: nn.Module, plan: Plan, fast: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    chosen = {id(parameter) for parameter in fast}
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in module.parameters() if id(parameter) not in chosen], "rate": 1.0},
+        {"params": list(fast), "rate": FAST_FACTOR, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.98), weight_decay=plan.weight_decay)
 
 
 def _save(module: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, done: int, path: Path) -> None:

@@ -58,3 +58,15 @@ def test_the_loss_falls_and_the_module_ends_in_evaluation_mode(tmp_path: Path) -
     )
     assert losses[-1] < 0.05 * losses[0]
     assert not model.training
+
+
+def test_fast_parameters_move_ten_times_as_far_in_the_first_step(tmp_path: Path) -> None:
+    moved = []
+    for index, fast in enumerate(([], ["bias"])):
+        model = _model()
+        before = model.bias.detach().clone()
+        chosen = [parameter for name, parameter in model.named_parameters() if name in fast]
+        plan = replace(PLAN, steps=2, warmup_steps=1, weight_decay=0.0, lr=0.001)
+        train(model, lambda step, model=model: _loss(model, step), plan, tmp_path / f"{index}.state", None, chosen)
+        moved.append(float((model.bias - before).abs().sum()))
+    assert moved[1] == pytest.approx(10 * moved[0], rel=0.05)
