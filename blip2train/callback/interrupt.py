@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 end a run after the current optimizer step, with a checkpoint to resume from."""
+"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 end a run after the current optimizer step, with a checkpoint to resume from.
+
+Never between two micro-batches of one optimizer step, whose gradients no checkpoint holds; and on every rank after the
+same step, or the others would wait for ever in a collective.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+
+from blip2train import distributed
 
 log = logging.getLogger(__name__)
 
@@ -16,9 +23,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class InterruptCallback(pl.Callback):
-    """Turns a first signal into a clean stop; a second one falls through to the previous handler."""
+    """Turns a first signal into a clean stop; a second one falls through to the previous handler.
 
-    def __init__(self) -> None:
+    Args:
+        agree_every_steps: optimizer steps between two looks at the other ranks, each of which waits for the device; a
+            single process stops after the very step.
+    """
+
+    def __init__(self, agree_every_steps: int = 10) -> None:
+        self.agree_every_steps = agree_every_steps
         self.signal_name: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -39,6 +52,14 @@ class InterruptCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if distributed.world_size() > 1:
+            if trainer.global_step % self.agree_every_steps:
+                return
+            signalled = torch.tensor(float(self.signal_name is not None), device=pl_module.device)
+            if distributed.reduce_sum(signalled) and not self.signal_name:
+                self.signal_name = "signal on another rank"
         if self.signal_name:
             trainer.should_stop = True
 

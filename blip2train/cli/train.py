@@ -71,7 +71,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     load, notes = _weight_loader(config, checkpoint)
     module = build_module(config, load)
     _write_provenance(config, run, resumed=checkpoint is not None, vocab_size=datamodule.collator.tokenizer.vocab_size)
-    interrupt = InterruptCallback()
+    interrupt = InterruptCallback(config.log_every_steps)
     trainer = _build_trainer(config, run, interrupt, resume_step=_step_of(checkpoint))
     trainer.fit(
         module,
