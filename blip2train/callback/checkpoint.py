@@ -47,7 +47,7 @@ class CheckpointCallback(pl.Callback):
             raise ConfigError(
                 f"the checkpoints need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
                 where=f"run_dir={self.run.path}",
-                fix="free some space, or set another run_dir=, checkpoint.keep_last=1 or checkpoint.trainer_state=false",
+                fix="free some space, or set another run_dir, checkpoint.keep_last=1 or checkpoint.trainer_state=false",
             )
 
     def on_train_batch_end(

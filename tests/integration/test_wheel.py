@@ -1,4 +1,4 @@
-"""The wheel carries its configs, backbones and page template, and works from a folder that knows nothing of the checkout."""
+"""The wheel carries its configs, backbones and page template, and works from a folder that knows no checkout."""
 
 import os
 import subprocess
