@@ -143,15 +143,12 @@ def _check_stage(config: DictConfig, benchmarks: list[Any], run: RunDir) -> None
 
 
 def _headline(metrics: dict[str, float]) -> str:
-    wanted: tuple[str, ...] = (
-        "text_recall@1",
-        "image_recall@1",
-        "text_recall@1_itm",
-        "image_recall@1_itm",
-        "vqa_accuracy",
-        "vqa_blind",
+    """The numbers a person looks for first, each followed by what it is to be read against."""
+    wanted = (
+        *("text_recall@1", "text_recall@1_itm", "image_recall@1", "image_recall@1_itm", "image_recall@1_ceiling"),
+        *("vqa_accuracy", "vqa_blind", "vqa_shuffled", "vqa_oracle", "bridging_efficiency"),
+        *("caption_cider", "caption_cider_shuffled", "caption_true", "chance"),
     )
-    wanted += ("vqa_shuffled", "vqa_oracle", "caption_cider", "caption_cider_shuffled", "caption_true", "chance")
     return "  ".join(f"{name} {metrics[name]:.2f}" for name in wanted if name in metrics)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -13,13 +15,16 @@ from blip2train.cli.config import build as build_object
 from blip2train.cli.config import quiet_libraries, require_filled, run_verb
 from blip2train.cli.evaluate import show_progress
 
+if TYPE_CHECKING:
+    from blip2train.benchmark.base import Progress
+
 log = logging.getLogger(__name__)
 
 USAGE = """usage: blip2train microworld build [out=data/microworld] [world.noise=20 ...]
-       blip2train microworld pretrain part=vit|opt|t5 [out=...]
+       blip2train microworld pretrain [part=vit|opt|t5|qformer_tokenizer] [out=...]
 
 build     renders scenes and packs them into WebDataset shards: train, val_in, val_out (held-out shape-colour pairs)
-pretrain  re-makes a tiny frozen backbone from nothing (minutes to an hour of CPU); the package ships them made"""
+pretrain  re-makes the tiny frozen backbones from nothing (minutes to an hour of CPU each); the package ships them"""
 
 
 def main() -> None:
@@ -45,7 +50,7 @@ def build(config: DictConfig) -> None:
 
 
 def pretrain(config: DictConfig) -> None:
-    """One frozen backbone from nothing; interrupt it at will, the same command continues."""
+    """Frozen backbones from nothing; interrupt it at will, the same command continues."""
     require_filled(config)
     quiet_libraries()
     import torch
@@ -53,18 +58,25 @@ def pretrain(config: DictConfig) -> None:
     from blip2train.microworld import backbone
 
     torch.set_num_threads(config.num_threads)
-    with show_progress(f"pretrain {config.part}") as progress:
-        entry = backbone.pretrain(
-            config.part,
-            build_object(config.world),
-            config.out,
-            steps=config.steps,
-            seed=config.seed,
-            bfloat16=config.bfloat16,
-            command=shlex.join(["blip2train", "microworld", "pretrain", *sys.argv[1:]]),
-            progress=lambda done, total, loss: progress(done, total),
-        )
-    log.info("%s: %s", config.part, json.dumps(entry.get("scores", {})))
+    command = shlex.join(["blip2train", "microworld", "pretrain", *sys.argv[1:]])
+    for part in backbone.PARTS if config.part == "all" else [config.part]:
+        with show_progress(f"pretrain {part}") as progress:
+            entry = backbone.pretrain(
+                part,
+                build_object(config.world),
+                config.out,
+                steps=config.steps,
+                seed=config.seed,
+                bfloat16=config.bfloat16,
+                command=command,
+                progress=functools.partial(_advance, progress),
+            )
+        log.info("%s: %s", part, json.dumps(entry.get("scores", {})))
+
+
+def _advance(progress: Progress, done: int, total: int, loss: float) -> None:
+    """A bar needs no loss; the training logs it."""
+    progress(done, total)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +30,7 @@ from blip2train.run_dir import read_json, write_json
 logger = logging.getLogger(__name__)
 
 Part = Literal["vit", "opt", "t5", "qformer_tokenizer"]
+PARTS: tuple[Part, ...] = get_args(Part)
 ASSETS = Path(__file__).parent / "assets"
 WORLD_FILE = "world.json"
 WEIGHTS = "model.safetensors"
@@ -81,7 +82,7 @@ def pretrain(
         save_tokenizer(QFORMER_TOKENS, folder)
         return note(part, spec, Path(out), {"command": command})
     if part not in PLANS:
-        raise ConfigError(f"no part {part!r}", where="part=", fix=f"one of {', '.join([*PLANS, 'qformer_tokenizer'])}")
+        raise ConfigError(f"no part {part!r}", where="part=", fix=f"one of {', '.join(PARTS)}")
     plan = replace(PLANS[part], seed=seed, bfloat16=bfloat16)
     if steps is not None:
         plan = replace(plan, steps=steps, warmup_steps=min(plan.warmup_steps, steps // 4))
