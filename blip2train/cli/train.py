@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
@@ -42,6 +43,8 @@ def main() -> None:
 
 def run(config: DictConfig) -> None:
     folder = RunDir(Path(HydraConfig.get().runtime.output_dir))
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        config.run_dir = str(folder.path)  # Hydra numbers a sweep's folders, and loggers write where this says
     outcome = train(config, folder)
     if outcome.stopped_by:
         raise KeyboardInterrupt
@@ -116,7 +119,8 @@ def _weight_loader(config: DictConfig, checkpoint: Path | None) -> tuple[WeightL
     def load(model: nn.Module) -> None:
         report = load_weights(model, weights, leave=leave, fresh=fresh)
         log.info(report.summary())
-        notes["init"] = report.as_json()
+        if checkpoint is None:  # a resumed run keeps the note of where it once began
+            notes["init"] = report.as_json()
 
     return load, notes
 
@@ -181,16 +185,18 @@ def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback
 
 
 def _write_provenance(config: DictConfig, run: RunDir, *, resumed: bool, vocab_size: int) -> None:
-    from blip2train import distributed
+    from pytorch_lightning.utilities import rank_zero_only
+
     from blip2train.callback.provenance import describe_run
     from blip2train.data.shards import expand_urls
 
-    if not distributed.is_main() or resumed:
+    # by the launcher's environment: there is no process group yet, and every rank would take itself for the main one
+    if rank_zero_only.rank != 0 or resumed:
         return
     shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
+    _check_backbones(config, shards)
     run.path.mkdir(parents=True, exist_ok=True)
     run.config_path.write_text(resolved_yaml(config), encoding="utf-8")
-    _check_backbones(config, shards)
     facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
     write_json(run.manifest_path, facts | {"chance_levels": _chance_levels(config, vocab_size)})
 

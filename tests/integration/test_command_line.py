@@ -46,7 +46,9 @@ def test_two_gloo_processes_train_one_run_and_match_one_process(laboratory, tmp_
     assert find_checkpoint(run).name == "step-0000003"
     # ln 16 is the level of an untrained model over 2 x 8 pairs; over 8 pairs it would be ln 8
     assert rows[0]["train/itc_loss"] == pytest.approx(2.77, abs=0.35)
-    assert read_json(run.manifest_path)["chance_levels"]["train/itc_loss"] == pytest.approx(2.7726, abs=1e-3)
+    manifest = read_json(run.manifest_path)
+    assert manifest["chance_levels"]["train/itc_loss"] == pytest.approx(2.7726, abs=1e-3)
+    assert "ddp_process" not in manifest["command"]  # the user's command, not the one that relaunched rank 1
 
 
 def test_an_interrupt_writes_a_checkpoint_and_the_same_command_continues_bit_equal(laboratory, tmp_path: Path) -> None:
@@ -72,10 +74,12 @@ def test_an_interrupt_writes_a_checkpoint_and_the_same_command_continues_bit_equ
 
 def test_a_sweep_writes_one_run_per_job(laboratory, tmp_path: Path) -> None:
     command = training(laboratory, tmp_path / "unused", "trainer.max_steps=2", f"paths.outputs={tmp_path}", "seed=1,2")
+    command += ["logger=csv"]
     finish(start("train", "-m", *command[1:], cwd=tmp_path))
     runs = sorted(path.parent for path in tmp_path.glob("microworld_stage1/sweep-*/*/config.yaml"))
     assert [run.name for run in runs] == ["0", "1"]
     assert [read_json(run / "manifest.json")["seed"] for run in runs] == [1, 2]
+    assert all((run / "csv" / "metrics.csv").is_file() for run in runs) and not (tmp_path / "unused").exists()
 
 
 def test_wandb_offline_tensorboard_and_csv_log_beside_the_jsonl(laboratory, tmp_path: Path) -> None:

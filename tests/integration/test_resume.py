@@ -7,7 +7,7 @@ import pytest
 
 from blip2train.checkpoint.io import WEIGHTS, find_checkpoint
 from blip2train.errors import ConfigError
-from blip2train.run_dir import RunDir
+from blip2train.run_dir import RunDir, read_json
 
 
 def cut(run: RunDir, keep: str, out: Path) -> RunDir:
@@ -44,6 +44,7 @@ def test_stage2_resume_is_bit_equal(laboratory, stage1_run: RunDir, tmp_path: Pa
     resumed = cut(whole, "step-0000002", tmp_path / "resumed")
     laboratory.train("microworld_stage2_t5", resumed.path, *settings)
     assert weights(resumed) == weights(whole)
+    assert str(stage1_run.path) in read_json(resumed.manifest_path)["init"]["source"]
 
 
 def test_another_setting_on_resume_is_refused_by_name(laboratory, stage1_run: RunDir) -> None:
