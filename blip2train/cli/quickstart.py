@@ -19,7 +19,7 @@ from blip2train.cli import microworld
 from blip2train.cli.config import compose, run_verb
 from blip2train.cli.evaluate import evaluate
 from blip2train.cli.train import train
-from blip2train.errors import ConfigError
+from blip2train.errors import ConfigError, DataError
 from blip2train.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,19 @@ def run(config: DictConfig) -> None:
 
 
 def _build_data(config: DictConfig, out: Path) -> None:
+    from blip2train.microworld.pack import MANIFEST
+
     size = config.sizes[config.limit]
     world = [f"world.{key}={value}" for key, value in config.world.items()]
     counts = [f"train_images={size.train_images}", f"val_images={size.val_images}"]
-    microworld.build(
-        compose("microworld_build", [f"paths.data={out}/data", f"world.seed={config.seed}", *counts, *world])
-    )
+    wanted = compose("microworld_build", [f"paths.data={out}/data", f"world.seed={config.seed}", *counts, *world])
+    try:
+        microworld.build(wanted)
+    except DataError:  # an earlier quickstart with another seed, size or world; as its runs, its data makes room
+        if not (Path(wanted.out) / MANIFEST).is_file():
+            raise
+        shutil.rmtree(wanted.out)
+        microworld.build(wanted)
 
 
 def _train(config: DictConfig, experiment: str, run: RunDir, overrides: list[str]) -> None:
