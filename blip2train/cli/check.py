@@ -35,11 +35,12 @@ def check_train(config: DictConfig) -> None:
     Raises:
         ConfigError: see each check.
     """
-    if not config.get("stage") or not config.get("model"):
+    absent = [name for name in ("stage", "model", "data", "optim") if not config.get(name, None)]
+    if absent:
         raise ConfigError(
-            "no stage chosen",
-            where="stage=, model=",
-            fix="choose an experiment=, or stage=stage1 model=blip2_stage1 ...",
+            f"no {', no '.join(absent)} chosen",
+            where=", ".join(f"{name}=" for name in absent),
+            fix="choose an experiment=, or stage=stage1 model=blip2_stage1 data=stage1 data/tokenizer=... optim=...",
         )
     _check_stage_and_model(config)
     _check_init_from(config)

@@ -84,7 +84,7 @@ class DropCounter:
                 f"{num_dropped} of {num_seen} records of {self.name} cannot be used ({causes}); allowed share is "
                 f"{self._max_dropped_share:g}; last: {dropped.detail}",
                 where=where,
-                fix="repack the data (`blip2train data pack ... validate_images=true`), or raise max_dropped_share",
+                fix="repack the data (`blip2train data pack ... validate_images=true`) or raise data.max_dropped_share",
             )
 
     def as_dict(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ def check_weight(weight: float, objective: str) -> float:
     """Return the weight if it is a finite number of 0 or more, else raise a ConfigError."""
     if not (math.isfinite(weight) and weight >= 0):
         raise ConfigError(
-            f"weight is {weight}", where=f"objectives.{objective}.weight", fix="give 0 (off) or a positive number"
+            f"weight is {weight}", where=f"stage.objectives.{objective}.weight", fix="give 0 (off) or a positive number"
         )
     return weight
 
@@ -24,7 +24,9 @@ def check_label_smoothing(label_smoothing: float, objective: str) -> float:
     if not 0 <= label_smoothing < 1:
         raise ConfigError(
             f"label_smoothing is {label_smoothing}",
-            where=f"objectives.{objective}.label_smoothing",
+            where="stage.objective.label_smoothing"
+            if objective == "lm"
+            else f"stage.objectives.{objective}.label_smoothing",
             fix="give a share from 0 to below 1; LAVIS uses 0.1 in stage 1 and none in stage 2",
         )
     return label_smoothing

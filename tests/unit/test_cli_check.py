@@ -48,10 +48,10 @@ def test_resuming_with_other_settings_names_them_and_harmless_ones_pass() -> Non
     before = composed("experiment=microworld_stage1")
     harmless = composed("experiment=microworld_stage1", "data.num_workers=0", "checkpoint.every_steps=7")
     check.check_same_run(harmless, OmegaConf.create(OmegaConf.to_container(before, resolve=True)), RunDir(Path("x")))
-    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.001 -> 0\.5"):
+    with pytest.raises(ConfigError, match=r"optim\.lr: \S+ -> 0\.5"):
         check.check_same_run(composed("experiment=microworld_stage1", "optim.lr=0.5"), before, RunDir(Path("x")))
 
 
 def test_no_stage_says_what_to_choose() -> None:
-    with pytest.raises(ConfigError, match="no stage chosen"):
+    with pytest.raises(ConfigError, match="no stage, no model, no data, no optim chosen"):
         check.check_train(composed())

@@ -25,7 +25,7 @@ def test_a_smoothing_outside_of_zero_to_one_is_refused_by_name(share: float) -> 
         ContrastiveObjective(label_smoothing=share)
     with pytest.raises(ConfigError, match=r"objectives\.itg\.label_smoothing"):
         GroundedGenerationObjective(dec_id=4, label_smoothing=share)
-    with pytest.raises(ConfigError, match=r"objectives\.lm\.label_smoothing"):
+    with pytest.raises(ConfigError, match=r"stage\.objective\.label_smoothing"):
         LanguageModelingObjective(label_smoothing=share)
 
 

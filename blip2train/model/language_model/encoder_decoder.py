@@ -47,7 +47,7 @@ class EncoderDecoder(nn.Module):
         if dtype == "float16":
             raise ConfigError(
                 "T5-like models overflow in float16",
-                where="model.language_model.dtype",
+                where="llm.model.dtype",
                 fix="bfloat16, as in the paper",
             )
         self.model = load_model(AutoModelForSeq2SeqLM, path_or_config, dtype, weights, overrides or {})
@@ -131,7 +131,7 @@ def _start_id(config: Any) -> int:
         raise ConfigError(
             f"{config.model_type} names neither decoder_start_token_id nor pad_token_id",
             where="the language model's config.json",
-            fix="set model.language_model.overrides.decoder_start_token_id",
+            fix="set +llm.model.overrides.decoder_start_token_id",
         )
     return start_id
 

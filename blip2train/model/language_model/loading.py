@@ -26,7 +26,7 @@ def load_config(source: ModelSource, overrides: Mapping[str, Any]) -> PreTrained
     Raises:
         ConfigError: no such model, an unknown `model_type` or an override that the config does not have.
     """
-    where = "model.language_model"
+    where = "llm.model"
     try:
         if isinstance(source, Mapping):
             config = AutoConfig.for_model(**source)
@@ -59,7 +59,7 @@ def load_model(auto_class: Any, source: ModelSource, dtype: str, weights: bool, 
         CheckpointError: the weights leave parts of the model out.
     """
     config = load_config(source, overrides)
-    torch_dtype = to_dtype(dtype, where="model.language_model.dtype")
+    torch_dtype = to_dtype(dtype, where="llm.model.dtype")
     try:
         if weights and isinstance(source, str | Path):
             model, report = auto_class.from_pretrained(
@@ -71,7 +71,7 @@ def load_model(auto_class: Any, source: ModelSource, dtype: str, weights: bool, 
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{config.model_type} cannot be built by {auto_class.__name__}: {error}",
-            where="model.language_model",
+            where="llm.model",
             fix="DecoderOnly takes causal models (OPT, LLaMA, ...), EncoderDecoder sequence-to-sequence ones (T5, ...)",
         ) from error
     # a checkpoint's generation_config.json (sampling, penalties) would otherwise change results without a word
