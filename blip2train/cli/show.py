@@ -41,11 +41,17 @@ def show_config(config: DictConfig) -> None:
     sys.stdout.write(OmegaConf.to_yaml(config, resolve=True))
 
 
-def show_params(config: DictConfig) -> None:
-    """Part by part, from a model built as training builds it."""
+def _check(config: DictConfig) -> None:
+    """As before a training, but no stage-1 weights are asked for: nothing here would read them."""
+    config.init_from = "scratch"
     require_filled(config)
     check.check_train(config)
     quiet_libraries()
+
+
+def show_params(config: DictConfig) -> None:
+    """Part by part, from a model built as training builds it."""
+    _check(config)
     from torch import nn
 
     from blip2train.model.freezing import count_parameters
@@ -67,9 +73,7 @@ def show_params(config: DictConfig) -> None:
 
 def show_batch(config: DictConfig) -> None:
     """One batch as training would see it first."""
-    require_filled(config)
-    check.check_train(config)
-    quiet_libraries()
+    _check(config)
     import torch
 
     torch.manual_seed(config.seed)
