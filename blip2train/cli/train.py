@@ -139,7 +139,7 @@ def _checkpoint_to_resume(config: DictConfig, run: RunDir) -> Path | None:
             fix="use another run_dir=, delete this one, or resume=auto to continue it",
         )
     check.check_same_run(config, OmegaConf.load(run.config_path), run)
-    if not (known[-1] / TRAINER_STATE).is_file():
+    if not (known[-1] / TRAINER_STATE).exists():  # a folder under DeepSpeed
         raise ConfigError(
             f"{known[-1].name} has no trainer state, so it cannot be continued",
             where=str(run.path),
