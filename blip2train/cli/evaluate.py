@@ -65,16 +65,25 @@ def merge_with_run(config: DictConfig, trained: DictConfig) -> DictConfig:
     Raises:
         ConfigError: neither names a benchmark.
     """
-    whole = OmegaConf.merge(trained, {"paths": config.paths})
+    given = {name: root for name, root in config.paths.items() if root is not None}
+    whole = OmegaConf.merge(trained, {"paths": given})
     assert isinstance(whole, DictConfig)
     if config.benchmarks:
         whole.benchmarks = config.benchmarks
+    elif "data" in given:
+        for benchmark in whole.benchmarks.values():
+            benchmark.urls = [_moved(url, trained.paths.data, given["data"]) for url in benchmark.urls]
     if not whole.benchmarks:
         raise ConfigError("no benchmark chosen", where="benchmark=", fix="for instance benchmark=microworld_retrieval")
     if config.limit:
         for benchmark in whole.benchmarks.values():
             benchmark.limit = config.limit
     return whole
+
+
+def _moved(url: str, old_root: str, new_root: str) -> str:
+    """A run's config is resolved, so its shards name the root they had when it was trained."""
+    return new_root + url.removeprefix(old_root) if url.startswith(f"{old_root}/") else url
 
 
 def load_run_config(run: RunDir) -> DictConfig:
