@@ -69,6 +69,10 @@ class MetricsCallback(pl.Callback):
         if step % self.every_steps == 0 and step != self._logged_step:
             self._log(trainer, step)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._batches:  # the last window is shorter when the run does not end on a multiple of `every_steps`
+            self._log(trainer, trainer.global_step)
+
     def _log(self, trainer: pl.Trainer, step: int) -> None:
         seconds = time.perf_counter() - self._window_start
         names = sorted(self._sums)

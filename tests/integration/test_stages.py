@@ -77,6 +77,11 @@ def test_metrics_file_keeps_its_contract(stage1_run: RunDir, stage2_run: RunDir)
     assert "train/lm_loss" in stage2_run.read_metrics()[0]
 
 
+def test_steps_after_the_last_full_window_are_logged_too(laboratory, tmp_path: Path) -> None:
+    run = laboratory.train("microworld_stage1", tmp_path / "run", "log_every_steps=3").run
+    assert [row["step"] for row in run.read_metrics()] == [3, 4]
+
+
 def test_learning_rate_ends_exactly_at_its_minimum(stage1_run: RunDir) -> None:
     rates = [row["learning_rate"] for row in stage1_run.read_metrics()]
     assert max(rates) <= load_run_config(stage1_run).optim.lr and rates[-1] == pytest.approx(1e-5, rel=1e-6)
