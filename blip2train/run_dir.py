@@ -29,14 +29,14 @@ class RunDir:
     path: Path
 
     @classmethod
-    def open(cls, path: str | Path) -> RunDir:
-        """Open an existing run folder; `ConfigError` if there is no run in it."""
+    def open(cls, path: str | Path, where: str = "run=") -> RunDir:
+        """Open an existing run folder; `ConfigError` if there is no run in it, which names `where` it was asked for."""
         run = cls(Path(path))
         if not run.config_path.is_file():
             known = sorted(str(found.parent) for found in Path("outputs").glob("**/config.yaml"))[-8:]
             raise ConfigError(
                 f"no run in {run.path} (no config.yaml there)",
-                where="run=",
+                where=where,
                 fix=f"give the folder that `blip2train train` wrote; known here: {', '.join(known) or 'none'}",
             )
         return run

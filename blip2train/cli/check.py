@@ -68,7 +68,7 @@ def _check_init_from(config: DictConfig) -> None:
             fix="set init_from=<stage-1 run folder>, or init_from=scratch to skip stage 1 on purpose (an ablation)",
         )
     if config.init_from not in (None, "scratch"):
-        RunDir.open(config.init_from)
+        RunDir.open(config.init_from, where="init_from=")
 
 
 def contrastive_batch(config: DictConfig) -> int | None:

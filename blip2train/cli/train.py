@@ -62,6 +62,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
 
     import pytorch_lightning as pl
     import torch
+    from pytorch_lightning.utilities import rank_zero_only
 
     from blip2train.callback.interrupt import InterruptCallback
 
@@ -73,7 +74,9 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     datamodule = build(config.data)
     load, notes = _weight_loader(config, checkpoint)
     module = build_module(config, load)
-    _write_provenance(config, run, resumed=checkpoint is not None, vocab_size=datamodule.collator.tokenizer.vocab_size)
+    if checkpoint is None:
+        # ranks by the launcher's environment: before there is a process group each would take itself for the main one
+        rank_zero_only(_write_provenance)(config, run, datamodule.collator.tokenizer.vocab_size)
     interrupt = InterruptCallback(config.log_every_steps)
     trainer = _build_trainer(config, run, interrupt, resume_step=_step_of(checkpoint))
     trainer.fit(
@@ -112,7 +115,7 @@ def _weight_loader(config: DictConfig, checkpoint: Path | None) -> tuple[WeightL
     elif config.init_from in (None, "scratch"):
         return None, notes
     else:
-        weights = find_checkpoint(RunDir.open(config.init_from)) / WEIGHTS
+        weights = find_checkpoint(RunDir.open(config.init_from, where="init_from=")) / WEIGHTS
         if check.stage_number(config) == 2:
             leave, fresh = STAGE1_ONLY, STAGE2_ONLY
 
@@ -184,15 +187,10 @@ def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback
     return trainer
 
 
-def _write_provenance(config: DictConfig, run: RunDir, *, resumed: bool, vocab_size: int) -> None:
-    from pytorch_lightning.utilities import rank_zero_only
-
+def _write_provenance(config: DictConfig, run: RunDir, vocab_size: int) -> None:
     from blip2train.callback.provenance import describe_run
     from blip2train.data.shards import expand_urls
 
-    # by the launcher's environment: there is no process group yet, and every rank would take itself for the main one
-    if rank_zero_only.rank != 0 or resumed:
-        return
     shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
     _check_backbones(config, shards)
     run.path.mkdir(parents=True, exist_ok=True)

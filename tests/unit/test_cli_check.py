@@ -23,7 +23,7 @@ def test_stage_two_needs_stage_one_weights_or_an_explicit_scratch() -> None:
 
 
 def test_init_from_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run in"):
+    with pytest.raises(ConfigError, match=r"no run in[\s\S]*where: init_from="):
         check.check_train(composed("experiment=microworld_stage2_opt", f"init_from={tmp_path}"))
 
 
