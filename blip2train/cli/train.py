@@ -85,7 +85,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         ckpt_path=str(checkpoint / "trainer.ckpt") if checkpoint else None,
         weights_only=True,
     )
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and trainer.global_step > _step_of(checkpoint):  # a finished run keeps its notes
         notes["data"] = datamodule.counters()
         _note_outcome(run, trainer, notes, interrupt.signal_name)
     return TrainOutcome(run, trainer.global_step, interrupt.signal_name)

@@ -45,6 +45,9 @@ def test_stage2_resume_is_bit_equal(laboratory, stage1_run: RunDir, tmp_path: Pa
     laboratory.train("microworld_stage2_t5", resumed.path, *settings)
     assert weights(resumed) == weights(whole)
     assert str(stage1_run.path) in read_json(resumed.manifest_path)["init"]["source"]
+    used = read_json(resumed.manifest_path)["data"]
+    laboratory.train("microworld_stage2_t5", resumed.path, *settings)
+    assert read_json(resumed.manifest_path)["data"] == used, "asked again, a finished run forgets nothing"
 
 
 def test_another_setting_on_resume_is_refused_by_name(laboratory, stage1_run: RunDir) -> None:
