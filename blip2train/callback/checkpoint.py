@@ -42,7 +42,8 @@ class CheckpointCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainable, _ = count_parameters(pl_module.model)  # type: ignore[arg-type]
-        needed, free = estimated_bytes(trainable, self.keep_last), free_bytes(self.run.path)
+        needed = estimated_bytes(trainable, self.keep_last, self.trainer_state)
+        free = free_bytes(self.run.path)
         if needed > free:
             raise ConfigError(
                 f"the checkpoints need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
@@ -92,9 +93,12 @@ class CheckpointCallback(pl.Callback):
                 shutil.rmtree(old)
 
 
-def estimated_bytes(trainable_parameters: int, keep_last: int) -> int:
-    """Disk a run's checkpoints need: weights and two AdamW moments in float32, one more than are kept while writing."""
-    return trainable_parameters * 4 * 3 * (max(keep_last, 1) + 1)
+def estimated_bytes(trainable_parameters: int, keep_last: int, trainer_state: bool) -> int:
+    """Bytes of a run's checkpoints: float32 weights, with the trainer's state two AdamW moments beside them.
+
+    One more than are kept: a checkpoint is whole before an older one goes.
+    """
+    return trainable_parameters * 4 * (3 if trainer_state else 1) * (max(keep_last, 1) + 1)
 
 
 def free_bytes(folder: Path) -> int:
