@@ -48,6 +48,10 @@ def check_train(config: DictConfig) -> None:
     _check_optim(config)
     if config.resume not in ("auto", "never"):
         raise ConfigError(f"resume is {config.resume!r}", where="resume", fix='use "auto" or "never"')
+    if config.log_every_steps < 1:
+        raise ConfigError(
+            f"log_every_steps is {config.log_every_steps}", where="log_every_steps", fix="give 1 or more optimizer steps"
+        )
 
 
 def _check_stage_and_model(config: DictConfig) -> None:

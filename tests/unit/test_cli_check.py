@@ -39,6 +39,11 @@ def test_global_batch_must_be_the_one_the_experiment_expects() -> None:
         check.check_train(composed("experiment=paper_stage1_vitg", "trainer.devices=8", "data.batch_size=105"))
 
 
+def test_a_log_window_without_steps_is_refused() -> None:
+    with pytest.raises(ConfigError, match="log_every_steps is 0"):
+        check.check_train(composed("experiment=microworld_stage1", "log_every_steps=0"))
+
+
 def test_warm_up_longer_than_the_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="60 warm-up steps in a run of 50"):
         check.check_train(composed("experiment=microworld_stage1", "trainer.max_steps=50"))
