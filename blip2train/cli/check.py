@@ -50,7 +50,9 @@ def check_train(config: DictConfig) -> None:
         raise ConfigError(f"resume is {config.resume!r}", where="resume", fix='use "auto" or "never"')
     if config.log_every_steps < 1:
         raise ConfigError(
-            f"log_every_steps is {config.log_every_steps}", where="log_every_steps", fix="give 1 or more optimizer steps"
+            f"log_every_steps is {config.log_every_steps}",
+            where="log_every_steps",
+            fix="give 1 or more optimizer steps",
         )
 
 
