@@ -175,6 +175,13 @@ def load_weights(
 def _read(weights: Path) -> dict[str, Tensor]:
     try:
         with safe_open(weights, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("blip2train", "{}"))
+            if facts.get("format_version", FORMAT_VERSION) > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"written in format {facts['format_version']}, this version reads up to {FORMAT_VERSION}",
+                    where=str(weights),
+                    fix="upgrade blip2train",
+                )
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import sys
 import time
@@ -49,7 +50,12 @@ def run_id() -> str:
 def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("package_dir", lambda: str(PACKAGE_DIR), replace=True)
-    OmegaConf.register_new_resolver("divide", lambda total, part: int(total) // int(part), replace=True)
+    OmegaConf.register_new_resolver("divide", divide, replace=True)
+
+
+def divide(total: int, *parts: int) -> int:
+    """Share of a global batch per device, node and micro-batch; the check of the batch catches a remainder."""
+    return int(total) // math.prod(int(part) for part in parts)
 
 
 def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:

@@ -53,7 +53,8 @@ def evaluate(config: DictConfig, run: RunDir) -> dict[str, dict[str, float]]:
     for benchmark in benchmarks:
         with show_progress(benchmark.name) as progress:
             result: BenchmarkResult = benchmark.run(model, device, progress)
-        run.write_eval(benchmark.name, result.metrics, result.predictions, result.images)
+        metrics = result.metrics | ({"limit": config.limit} if config.limit else {})
+        run.write_eval(benchmark.name, metrics, result.predictions, result.images)
         results[benchmark.name] = result.metrics
         log.info("%s: %s", benchmark.name, _headline(result.metrics))
     return results

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from blip2train.callback.clock import format_seconds
 from blip2train.cli import microworld
@@ -20,9 +22,12 @@ from blip2train.cli.config import compose, run_verb
 from blip2train.cli.evaluate import evaluate
 from blip2train.cli.train import train
 from blip2train.errors import ConfigError, DataError
-from blip2train.run_dir import RunDir
+from blip2train.run_dir import RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
+
+MARKER = "quickstart.json"
+"""Settings of the quickstart that a folder belongs to; what lacks it is not ours to delete."""
 
 STAGE2_EXPERIMENTS = {"tiny_opt": "microworld_stage2_opt", "tiny_t5": "microworld_stage2_t5"}
 
@@ -51,11 +56,12 @@ def run(config: DictConfig) -> None:
     for key, known in (("limit", config.sizes), ("language_model", STAGE2_EXPERIMENTS)):
         if config[key] not in known:
             raise ConfigError(f"{key} is {config[key]!r}", where=key, fix=f"one of {', '.join(map(str, known))}")
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        config.out = f"{config.out}/{HydraConfig.get().job.num}"  # a sweep: one folder per job
     started = time.perf_counter()
     phases, out = Phases(), Path(config.out)
     stage1, stage2 = RunDir(out / "stage1"), RunDir(out / "stage2")
-    for stale in (stage1, stage2):
-        shutil.rmtree(stale.path, ignore_errors=True)
+    _make_room(config, out)
     with phases.time("import libraries"):
         import pytorch_lightning  # noqa: F401
         import transformers  # noqa: F401
@@ -72,6 +78,29 @@ def run(config: DictConfig) -> None:
     with phases.time("evaluate stage 2: captions and questions"):
         _evaluate(stage2)
     _report(stage1, stage2, out, phases, started)
+
+
+def _make_room(config: DictConfig, out: Path) -> None:
+    """Start afresh over an earlier quickstart, continue an interrupted one with the same settings, touch nothing else.
+
+    Raises:
+        ConfigError: the folder holds runs that no quickstart made.
+    """
+    marker, wanted = out / MARKER, OmegaConf.to_container(config, resolve=True)
+    mine = [out / name for name in ("stage1", "stage2", "data", "summary.json", "report.html")]
+    if not marker.is_file() and any(path.exists() for path in mine):
+        raise ConfigError(
+            f"{out} holds something that no quickstart made",
+            where="out=",
+            fix="give another out=, or clear that folder",
+        )
+    if marker.is_file() and read_json(marker) == wanted and not (out / "summary.json").is_file():
+        log.info("continuing the interrupted quickstart in %s", out)
+        return
+    for run in ("stage1", "stage2"):
+        shutil.rmtree(out / run, ignore_errors=True)
+    (out / "summary.json").unlink(missing_ok=True)
+    write_json(marker, wanted)  # type: ignore[arg-type]
 
 
 def _build_data(config: DictConfig, out: Path) -> None:

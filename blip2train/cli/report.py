@@ -1,4 +1,4 @@
-"""`blip2train report`: run folders -> one self-contained report.html."""
+"""`blip2train report`: run folders -> one self-contained report.html, and their scores as summary.json."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def main() -> None:
 
 def run(config: DictConfig) -> None:
     from blip2train.report.html import build_report
+    from blip2train.report.summary import summarize
 
     folders = list(config.runs) if isinstance(config.runs, ListConfig) else [config.runs]
     if config.run:
@@ -31,7 +32,7 @@ def run(config: DictConfig) -> None:
     runs = [RunDir.open(folder) for folder in folders]
     out = Path(config.out) if config.out else runs[-1].path
     page = build_report(runs, out, config.title or " and ".join(run.path.name for run in runs))
-    log.info("report: %s", page)
+    log.info("report: %s\nsummary: %s", page, summarize(runs, out))
 
 
 if __name__ == "__main__":

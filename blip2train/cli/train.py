@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         rank_zero_only(_write_provenance)(config, run, datamodule.collator.tokenizer.vocab_size)
     interrupt = InterruptCallback(config.log_every_steps)
     trainer = _build_trainer(config, run, interrupt, resume_step=_step_of(checkpoint))
+    started = time.perf_counter()
     trainer.fit(
         module,
         datamodule=datamodule,
@@ -87,6 +89,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     )
     if trainer.is_global_zero and trainer.global_step > _step_of(checkpoint):  # a finished run keeps its notes
         notes["data"] = datamodule.counters()
+        notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
         _note_outcome(run, trainer, notes, interrupt.signal_name)
     return TrainOutcome(run, trainer.global_step, interrupt.signal_name)
 

@@ -5,7 +5,7 @@ Keys are fixed; percent for recalls and accuracies, CIDEr where 1.0 is what pape
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,23 @@ def write_summary(
     summary["phases"] = rounded_phases
     path = out / "summary.json"
     write_json(path, summary)
+    return path
+
+
+def summarize(runs: Sequence[RunDir], out: Path) -> Path:
+    """Write `out`/summary.json for any runs; returns its path.
+
+    One stage-1 and one stage-2 run of the micro-world give the form of `write_summary`, with their training seconds;
+    anything else gives `{"runs": {folder: {benchmark: metrics}}}`.
+    """
+    first = [run for run in runs if "microworld_retrieval" in run.benchmarks()]
+    second = [run for run in runs if "microworld_vqa" in run.benchmarks()]
+    if len(runs) == 2 and len(first) == len(second) == 1:
+        phases = {run.path.name: float(run.read_manifest().get("train_seconds", 0.0)) for run in runs}
+        return write_summary(first[0], second[0], out, sum(phases.values()), phases)
+    path = out / "summary.json"
+    scores = {str(run.path): {name: run.read_eval(name)[0] for name in run.benchmarks()} for run in runs}
+    write_json(path, {"runs": scores})
     return path
 
 

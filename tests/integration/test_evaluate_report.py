@@ -10,7 +10,7 @@ from blip2train.cli.config import compose
 from blip2train.cli.evaluate import evaluate
 from blip2train.errors import ConfigError
 from blip2train.report.html import build_report
-from blip2train.report.summary import write_summary
+from blip2train.report.summary import summarize, write_summary
 from blip2train.run_dir import RunDir, read_json
 
 
@@ -67,3 +67,11 @@ def test_benchmark_of_the_other_stage_is_refused(laboratory, stage1_run: RunDir)
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run in"):
         RunDir.open(tmp_path)
+
+
+def test_report_summary_fits_any_runs(evaluated: tuple[RunDir, RunDir], tmp_path: Path) -> None:
+    both = read_json(summarize(evaluated, tmp_path / "both"))
+    assert both["stage1"]["candidates"] == 12 and both["seconds"] > 0
+    alone = read_json(summarize(evaluated[:1], tmp_path / "alone"))
+    (scores,) = alone["runs"].values()
+    assert scores["microworld_retrieval"]["candidates"] == 12
