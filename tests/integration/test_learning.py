@@ -1,4 +1,4 @@
-"""The promises of the README, trained for real: minutes of CPU, so slow. Bars leave room below what three seeds scored."""
+"""The promises of the README, trained for real: minutes of CPU, so slow. Bars leave room below what seeds scored."""
 
 import os
 import subprocess
