@@ -26,7 +26,13 @@ MAY_CHANGE_ON_RESUME = ("trainer", "callback", "logger", "checkpoint", "paths", 
 
 def stage_number(config: DictConfig) -> int:
     """1 or 2, by the stage's class."""
-    return STAGES[config.stage._target_]
+    return _known(STAGES, config.stage._target_, "stage._target_")
+
+
+def _known(table: dict[str, int], target: str, where: str) -> int:
+    if target not in table:
+        raise ConfigError(f"{target} belongs to no stage", where=where, fix=f"one of {', '.join(table)}")
+    return table[target]
 
 
 def check_train(config: DictConfig) -> None:
@@ -57,7 +63,7 @@ def check_train(config: DictConfig) -> None:
 
 
 def _check_stage_and_model(config: DictConfig) -> None:
-    stage, model = stage_number(config), MODELS[config.model._target_]
+    stage, model = stage_number(config), _known(MODELS, config.model._target_, "model._target_")
     if stage != model:
         raise ConfigError(
             f"stage {stage} cannot train a stage-{model} model",

@@ -106,6 +106,7 @@ def test_a_small_opt_learns_which_words_answer_which_question(tmp_path: Path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("part", "objects", "bar"), [("opt", "two_objects", 0.70), ("t5", "one_object", 0.70)])
 def test_a_longer_run_reads_descriptions(part: backbone.Part, objects: str, bar: float, tmp_path: Path) -> None:
     entry = pretrain(part, SPEC, tmp_path, steps=1500, num_scenes=100)
