@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,26 @@ def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:
             for hint in explain_overrides(config_name, sys.argv[1:]):
                 sys.stderr.write(hint + "\n")
         raise
+
+
+def run_subverb(
+    usage: str, verbs: Mapping[str, tuple[str, Callable[[DictConfig], None]]], *, extra: Sequence[str] = ()
+) -> None:
+    """Take the sub-verb off the command line and run it; without a known one, say what there is.
+
+    Args:
+        usage: printed for --help and for an unknown name.
+        verbs: name -> (config, function).
+        extra: overrides that every one of them gets.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in verbs:
+        asked = name in {"-h", "--help"}
+        (sys.stdout if asked else sys.stderr).write(usage + "\n")
+        raise SystemExit(0 if asked else 2)
+    del sys.argv[1]
+    sys.argv += extra
+    run_verb(*verbs[name])
 
 
 def stop(error: Blip2TrainError) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from blip2train.cli.config import require_filled, run_verb
+from blip2train.cli.config import require_filled, run_subverb
 from blip2train.cli.evaluate import show_progress
 from blip2train.errors import ConfigError, DataError
 
@@ -27,12 +26,7 @@ USAGE = """usage: blip2train data pack input=FOLDER out=SHARDS [captions=FILE.js
 
 def main() -> None:
     verbs = {"pack": ("data_pack", pack), "check": ("data_check", check)}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name not in verbs:
-        (sys.stdout if name in {"-h", "--help"} else sys.stderr).write(USAGE + "\n")
-        raise SystemExit(0 if name in {"-h", "--help"} else 2)
-    del sys.argv[1]
-    run_verb(*verbs[name])
+    run_subverb(USAGE, verbs)
 
 
 def pack(config: DictConfig) -> None:

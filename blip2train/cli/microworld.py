@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from blip2train.cli.config import build as build_object
-from blip2train.cli.config import quiet_libraries, require_filled, run_verb
+from blip2train.cli.config import quiet_libraries, require_filled, run_subverb
 from blip2train.cli.evaluate import show_progress
 
 if TYPE_CHECKING:
@@ -29,12 +29,7 @@ pretrain  re-makes the tiny frozen backbones from nothing (minutes to an hour of
 
 def main() -> None:
     verbs = {"build": ("microworld_build", build), "pretrain": ("microworld_pretrain", pretrain)}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name not in verbs:
-        (sys.stdout if name in {"-h", "--help"} else sys.stderr).write(USAGE + "\n")
-        raise SystemExit(0 if name in {"-h", "--help"} else 2)
-    del sys.argv[1]
-    run_verb(*verbs[name])
+    run_subverb(USAGE, verbs)
 
 
 def build(config: DictConfig) -> None:

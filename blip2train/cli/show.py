@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blip2train.cli import check
-from blip2train.cli.config import build, quiet_libraries, register_resolvers, require_filled, run_verb
+from blip2train.cli.config import build, quiet_libraries, register_resolvers, require_filled, run_subverb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +26,9 @@ USAGE = """usage: blip2train show batch|masks|params|config  [overrides as for t
 
 
 def main() -> None:
-    verbs = {"batch": show_batch, "masks": show_masks, "params": show_params, "config": show_config}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name not in verbs:
-        (sys.stdout if name in {"-h", "--help"} else sys.stderr).write(USAGE + "\n")
-        raise SystemExit(0 if name in {"-h", "--help"} else 2)
-    del sys.argv[1]
-    sys.argv += ["hydra.run.dir=.", "hydra.job_logging.root.handlers=[console]"]
-    run_verb("train", verbs[name])
+    names = {"batch": show_batch, "masks": show_masks, "params": show_params, "config": show_config}
+    verbs = {name: ("train", function) for name, function in names.items()}
+    run_subverb(USAGE, verbs, extra=["hydra.run.dir=.", "hydra.job_logging.root.handlers=[console]"])
 
 
 def show_config(config: DictConfig) -> None:
