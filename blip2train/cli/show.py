@@ -128,15 +128,15 @@ def show_masks(config: DictConfig) -> None:
     from blip2train.model.qformer import mask
 
     num_queries, text_mask = 4, torch.tensor([[True, True, True, True, False]])
-    masks = {
-        "ITC: unimodal": mask.unimodal(num_queries, text_mask)[0],
-        "ITG: multimodal causal": mask.multimodal_causal(num_queries, text_mask)[0],
-        "ITM: bidirectional": mask.bidirectional(num_queries, text_mask)[0],
-    }
-    names = [f"q{index}" for index in range(num_queries)] + ["[CLS]", "a", "red", "dog", "pad"]
+    masks = (
+        ("ITC: unimodal", "[CLS]", mask.unimodal(num_queries, text_mask)[0]),
+        ("ITG: multimodal causal", "[DEC]", mask.multimodal_causal(num_queries, text_mask)[0]),
+        ("ITM: bidirectional", "[CLS]", mask.bidirectional(num_queries, text_mask)[0]),
+    )
     console = Console()
     figure = Figure(figsize=(13, 4.8), layout="constrained")
-    for place, (title, allowed_SS) in enumerate(masks.items()):
+    for place, (title, first, allowed_SS) in enumerate(masks):
+        names = [*(f"q{index}" for index in range(num_queries)), first, "a", "red", "dog", "pad"]
         console.print(f"\n{title}   (row attends to column where marked)")
         console.print("        " + " ".join(f"{name:>5}" for name in names), markup=False, highlight=False)
         for name, row in zip(names, allowed_SS.tolist(), strict=True):
