@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,12 @@ class RunDir:
     def benchmarks(self) -> list[str]:
         """Names of the benchmarks evaluated in this run."""
         return sorted(found.parent.name for found in self.path.glob("eval/*/metrics.json"))
+
+
+def free_bytes(folder: Path) -> int:
+    """Free disk space where `folder` is or will be."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from blip2train import distributed
+from blip2train.callback.micro_batch import between_micro_batches
 from blip2train.checkpoint.io import TRAINER_STATE, disk_error, list_checkpoints, save_checkpoint
 from blip2train.errors import ConfigError
 from blip2train.model.freezing import count_parameters
-from blip2train.run_dir import RunDir
+from blip2train.run_dir import RunDir, free_bytes
 
 
 class CheckpointCallback(pl.Callback):
@@ -24,7 +24,7 @@ class CheckpointCallback(pl.Callback):
         every_steps: optimizer steps between checkpoints; 0 saves only at the end.
         keep_last: older checkpoints are deleted; 0 keeps all.
         trainer_state: also save what resuming needs (optimizer, schedule, data position).
-        metadata: facts stored in each file besides the step (stage, config hash).
+        metadata: facts stored in each file besides the step (stage, name).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CheckpointCallback(pl.Callback):
     ) -> None:
         step = trainer.global_step
         if self.every_steps and step and step % self.every_steps == 0 and step != self._saved_step:
-            if trainer.fit_loop.epoch_loop._should_accumulate():
+            if between_micro_batches(trainer):
                 return  # between two optimizer steps: the gradient so far is not part of any checkpoint
             self._save(trainer, pl_module)
 
@@ -99,9 +99,3 @@ def estimated_bytes(trainable_parameters: int, keep_last: int, trainer_state: bo
     One more than are kept: a checkpoint is whole before an older one goes.
     """
     return trainable_parameters * 4 * (3 if trainer_state else 1) * (max(keep_last, 1) + 1)
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space where `folder` is or will be."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return shutil.disk_usage(existing).free

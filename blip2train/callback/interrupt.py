@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 from blip2train import distributed
+from blip2train.callback.micro_batch import between_micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class InterruptCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if between_micro_batches(trainer):
             return
         if distributed.world_size() > 1:
             if trainer.global_step % self.agree_every_steps:

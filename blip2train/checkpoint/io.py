@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fnmatch
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from blip2train.errors import CheckpointError
 from blip2train.model.freezing import trainable_state_dict
-from blip2train.run_dir import RunDir, read_json, write_json
+from blip2train.run_dir import RunDir, free_bytes, read_json, write_json
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -91,8 +90,7 @@ def save_checkpoint(module: nn.Module, folder: Path, metadata: Mapping[str, Any]
 
 def disk_error(error: Exception, folder: Path) -> CheckpointError:
     """Turn a failed write into an error that says how much room there is."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
     cause = "the disk is full" if full else f"writing failed ({error})"
     return CheckpointError(

@@ -66,6 +66,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     from pytorch_lightning.utilities import rank_zero_only
 
     from blip2train.callback.interrupt import InterruptCallback
+    from blip2train.checkpoint.io import TRAINER_STATE
 
     quiet_libraries()  # after Lightning's import, which sets its own log level
     if config.num_threads:
@@ -84,7 +85,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     trainer.fit(
         module,
         datamodule=datamodule,
-        ckpt_path=str(checkpoint / "trainer.ckpt") if checkpoint else None,
+        ckpt_path=str(checkpoint / TRAINER_STATE) if checkpoint else None,
         weights_only=True,
     )
     if trainer.is_global_zero and trainer.global_step > _step_of(checkpoint):  # a finished run keeps its notes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from blip2train.data.pack_source import Skipped
 from blip2train.data.shards import ShardEntry
 from blip2train.errors import DataError
-from blip2train.run_dir import read_json, write_json
+from blip2train.run_dir import free_bytes, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +38,7 @@ class PackState:
 def check_disk(out: Path, num_bytes: int) -> None:
     """DataError if less than `num_bytes` and some reserve are free where `out` is or will be."""
     needed = num_bytes + _SPARE_BYTES
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(out)
     if free < needed:
         raise DataError(
             f"not enough disk space: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",

@@ -13,7 +13,7 @@ from PIL import Image
 from shard_factory import encode, noise, plain
 
 from blip2train.batch import EvalItem
-from blip2train.data import pack, pack_state
+from blip2train.data import pack
 from blip2train.data.image_transform import decode_image
 from blip2train.data.pack import pack_coco, pack_folder, pack_records, safe_key
 from blip2train.data.sample import read_eval_items
@@ -229,7 +229,7 @@ def test_too_little_disk_space_is_said_before_anything_is_written(
 ) -> None:
     captions = lines(tmp_path / "c.jsonl", rows_of(folder))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(pack_state.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match="not enough disk space"):
         pack_folder(folder, captions, tmp_path / "out")
     assert not (tmp_path / "out").exists()
