@@ -1,4 +1,4 @@
-"""Where a run stands in gradient accumulation: the one place that asks Lightning's private loop; there is no public way."""
+"""Where a run stands in gradient accumulation: the one place that asks Lightning's private loop for it."""
 
 import pytorch_lightning as pl
 
