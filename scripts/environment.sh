@@ -19,8 +19,8 @@ if ! { [ -f "$stamp" ] && [ "$(head -1 "$stamp")" = "$wanted" ] && grep -qE "^($
   started=$SECONDS
   echo "setting up $venv (once; a few GB on a machine that has none of it)"
   [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".${extras:+[$extras]}"
+  # Builds in isolation: antlr4 and deepspeed come as source, and a new venv's own setuptools has no wheel builder.
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
   { echo "$wanted"; echo "$extras"; } > "$stamp"
   echo "environment ready in $((SECONDS - started)) s"
 fi
