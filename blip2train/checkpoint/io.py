@@ -73,15 +73,24 @@ def save_checkpoint(module: nn.Module, folder: Path, metadata: Mapping[str, Any]
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable_state_dict(module).items()}
+    return save_weights(trainable_state_dict(module), folder, metadata)
+
+
+def save_weights(state: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, Any]) -> Path:
+    """Write trainable weights by our parameter names, as `save_checkpoint` does; a converter has no module at hand.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     facts = {
         "format_version": FORMAT_VERSION,
-        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
         **metadata,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / WEIGHTS, metadata={"blip2train": json.dumps(facts)})
+        save_file(tensors, folder / WEIGHTS, metadata={"blip2train": json.dumps(facts)})
         write_json(folder / METADATA, facts)
     except (OSError, SafetensorError) as error:
         raise disk_error(error, folder) from error
@@ -144,7 +153,7 @@ def load_weights(
         raise CheckpointError(
             "no such weights file", where=str(weights), fix="give a run folder that holds a checkpoint"
         )
-    state = _read(weights)
+    state = read_weights(weights)
     wanted = trainable_state_dict(module)
     dropped = [name for name in state if name not in wanted]
     missing = [name for name in wanted if name not in state]
@@ -170,7 +179,12 @@ def load_weights(
     return KeyReport(str(weights), tuple(loaded), tuple(sorted(dropped)), tuple(sorted(missing)))
 
 
-def _read(weights: Path) -> dict[str, Tensor]:
+def read_weights(weights: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file that `save_weights` wrote.
+
+    Raises:
+        CheckpointError: not a readable file, or of a newer format.
+    """
     try:
         with safe_open(weights, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("blip2train", "{}"))
