@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.errors import ConfigError
+from blip2train.optim.schedule import check_schedule
 from blip2train.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,11 @@ def _check_optim(config: DictConfig) -> None:
             where="optim.warmup_steps, trainer.max_steps",
             fix="set optim.warmup_steps well below trainer.max_steps",
         )
+    check_schedule(
+        config.optim.get("schedule", "cosine"),
+        steps_per_epoch=config.optim.get("steps_per_epoch"),
+        max_steps=config.trainer.max_steps,
+    )
 
 
 def check_same_run(now: DictConfig, before: Any, run: RunDir) -> None:

@@ -1,12 +1,13 @@
 """Model -> AdamW and its schedule, with the settings of the paper's section 3.4.
 
-beta2 is 0.98 as in the paper; LAVIS's default is 0.999. The schedule counts optimizer steps.
+beta2 is 0.98 as in the paper; LAVIS's default is 0.999. The schedule counts optimizer steps; LAVIS's, which counts
+epochs, is an option.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from blip2train.errors import ConfigError
 from blip2train.optim.param_group import NoDecay, group_parameters, summarize
-from blip2train.optim.schedule import warmup_cosine
+from blip2train.optim.schedule import Schedule, check_schedule, epoch_staircase, warmup_cosine
 
 _FUSED_DEVICES = {"cpu", "cuda"}
 
@@ -34,6 +35,8 @@ def build_adamw(
     min_lr: float,
     no_decay: NoDecay = "paper",
     warmup_start_lr: float = 0.0,
+    schedule: Schedule = "cosine",
+    steps_per_epoch: int | None = None,
 ) -> tuple[AdamW, LambdaLR]:
     """Optimizer over what requires a gradient, and a scheduler to be stepped once per optimizer step.
 
@@ -43,15 +46,18 @@ def build_adamw(
         betas: decay of the two moments.
         weight_decay: decoupled, of the group "decay"; see `group_parameters` for `no_decay`.
         warmup_steps: length of the linear warm-up in optimizer steps.
-        max_steps: optimizer steps of the whole run; the last one runs at exactly `min_lr`.
+        max_steps: optimizer steps of the whole run; under "cosine" the last one runs at exactly `min_lr`.
         min_lr: learning rate at the end.
         no_decay: which parameters are exempt from weight decay.
         warmup_start_lr: where the warm-up line begins, before the first update.
+        schedule: "cosine" (paper), or "epoch_staircase" (LAVIS, see `optim.schedule`).
+        steps_per_epoch: updates of one epoch; needed by "epoch_staircase" and by nothing else.
 
     Raises:
         ConfigError: the numbers contradict each other.
     """
     _check(lr, betas, weight_decay, warmup_steps, max_steps, min_lr, warmup_start_lr)
+    factor = _build_factor(schedule, steps_per_epoch, warmup_steps, max_steps, warmup_start_lr / lr, min_lr / lr)
     groups = group_parameters(module, weight_decay, no_decay)
     log.info("AdamW groups (%s):\n%s", no_decay, summarize(groups))
     optimizer = AdamW(
@@ -63,14 +69,41 @@ def build_adamw(
     # With True, Lightning refuses to clip gradients under any mixed precision, bfloat16 included, because a fused step
     # may unscale gradients itself. With False they are unscaled before clipping and the fused step gets them plain.
     optimizer._step_supports_amp_scaling = False
-    factor = partial(
-        warmup_cosine,
-        warmup_steps=warmup_steps,
-        max_steps=max_steps,
-        start_factor=warmup_start_lr / lr,
-        final_factor=min_lr / lr,
-    )
     return optimizer, LambdaLR(optimizer, factor)
+
+
+def _build_factor(
+    schedule: Schedule,
+    steps_per_epoch: int | None,
+    warmup_steps: int,
+    max_steps: int,
+    start_factor: float,
+    final_factor: float,
+) -> Callable[[int], float]:
+    """Number of updates done -> factor on the peak rate."""
+    check_schedule(schedule, steps_per_epoch=steps_per_epoch, max_steps=max_steps)
+    if steps_per_epoch is None:
+        return partial(
+            warmup_cosine,
+            warmup_steps=warmup_steps,
+            max_steps=max_steps,
+            start_factor=start_factor,
+            final_factor=final_factor,
+        )
+    if warmup_steps > steps_per_epoch:
+        log.warning(
+            "the warm-up of %d steps is cut off after the first epoch, %d steps, and the rate jumps, as in LAVIS",
+            warmup_steps,
+            steps_per_epoch,
+        )
+    return partial(
+        epoch_staircase,
+        warmup_steps=warmup_steps,
+        steps_per_epoch=steps_per_epoch,
+        num_epochs=max_steps // steps_per_epoch,
+        start_factor=start_factor,
+        final_factor=final_factor,
+    )
 
 
 def _fused(parameters: list[nn.Parameter]) -> bool | None:

@@ -60,3 +60,10 @@ def test_resuming_with_other_settings_names_them_and_harmless_ones_pass() -> Non
 def test_no_stage_says_what_to_choose() -> None:
     with pytest.raises(ConfigError, match="no stage, no model, no data, no optim chosen"):
         check.check_train(composed())
+
+
+def test_a_staircase_without_whole_epochs_is_refused_before_anything_is_built() -> None:
+    staircase = ["experiment=microworld_stage1", "optim.schedule=epoch_staircase"]
+    check.check_train(composed(*staircase, "optim.steps_per_epoch=100"))
+    with pytest.raises(ConfigError, match="max_steps is 600 and steps_per_epoch is 7"):
+        check.check_train(composed(*staircase, "optim.steps_per_epoch=7"))

@@ -33,6 +33,21 @@ def test_rates_run_from_warm_up_to_exactly_the_minimum() -> None:
     assert rates[-2] > rates[-1]
 
 
+def test_the_staircase_is_chosen_by_name_and_its_cut_warm_up_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Two epochs of five: 4 of 8 warm-up steps from 1e-6, then one rate at half a cosine period."""
+    settings = SETTINGS | {"warmup_steps": 8, "warmup_start_lr": 1e-6}
+    with caplog.at_level("WARNING"):
+        optimizer, scheduler = build_adamw(nn.Linear(2, 2), **settings, schedule="epoch_staircase", steps_per_epoch=5)
+    assert "warm-up of 8 steps is cut off" in caplog.text
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    warming = [1e-6 + (1e-4 - 1e-6) * step / 8 for step in range(5)]
+    assert rates == pytest.approx([*warming, *[5.5e-5] * 5], rel=1e-12)
+
+
 def test_an_update_is_adamw_by_its_definition_in_float64() -> None:
     model = nn.Linear(3, 2).double()
     optimizer, _ = build_adamw(model, lr=1e-2, warmup_steps=0, max_steps=10**9, min_lr=0.0)
@@ -98,6 +113,11 @@ def test_lightning_clips_gradients_under_bfloat16_with_the_fused_kernel() -> Non
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"betas": (0.9,)}, "betas"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"schedule": "linear"}, "optim.schedule"),
+        ({"steps_per_epoch": 5}, "knows no epochs"),
+        ({"schedule": "epoch_staircase"}, "steps_per_epoch is None"),
+        ({"schedule": "epoch_staircase", "steps_per_epoch": 0}, "steps_per_epoch is 0"),
+        ({"schedule": "epoch_staircase", "steps_per_epoch": 3}, "max_steps is 10 and steps_per_epoch is 3"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(change: dict[str, Any], word: str) -> None:
