@@ -97,7 +97,12 @@ def save_weights(state: Mapping[str, Tensor], folder: Path, metadata: Mapping[st
     return folder / WEIGHTS
 
 
-def disk_error(error: Exception, folder: Path) -> CheckpointError:
+KEEP_TRAINING = (
+    "free some space or give another run_dir=; the last complete checkpoint is intact, resume=auto continues"
+)
+
+
+def disk_error(error: Exception, folder: Path, fix: str = KEEP_TRAINING) -> CheckpointError:
     """Turn a failed write into an error that says how much room there is."""
     free = free_bytes(folder)
     full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
@@ -105,7 +110,7 @@ def disk_error(error: Exception, folder: Path) -> CheckpointError:
     return CheckpointError(
         f"could not write a checkpoint: {cause}; {free / 1e6:.0f} MB free",
         where=str(folder),
-        fix="free some space or give another run_dir=; the last complete checkpoint is intact, resume=auto continues",
+        fix=fix,
     )
 
 

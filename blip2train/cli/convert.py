@@ -1,0 +1,127 @@
+"""`blip2train convert from=lavis|huggingface|blip2train to=... source=... target=...`: weights in, and out again.
+
+Every direction goes through our own form, a run folder (checkpoint/converted.py), so two formats need two readers and
+two writers. The target appears only when all of it is written and checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from blip2train.cli.config import quiet_libraries, run_verb
+from blip2train.errors import ConfigError
+from blip2train.run_dir import write_json
+
+if TYPE_CHECKING:
+    from blip2train.checkpoint.converted import ConversionReport
+
+log = logging.getLogger(__name__)
+
+OURS = "blip2train"
+DIRECTIONS = {
+    ("lavis", OURS): "convert_lavis.from_lavis",
+    (OURS, "lavis"): "convert_lavis.to_lavis",
+    ("huggingface", OURS): "convert_huggingface.from_huggingface",
+    (OURS, "huggingface"): "convert_huggingface.to_huggingface",
+}
+"""Between two names: the function, by module in blip2train/cli. Others go through our own form."""
+
+LAVIS_FILE = Path("model.pth")
+"""What a LAVIS target folder holds; a target= that ends like it is that file itself."""
+
+OWN_KEYS = ("from", "to", "source", "target", "source_checkpoint")
+"""What convert.yaml adds to a training config; a converted run's config.yaml holds none of it."""
+
+
+class Direction(Protocol):
+    """Convert `source` into the new, empty `folder`; `config` is convert.yaml's with the user's overrides."""
+
+    def __call__(self, config: DictConfig, source: Path, folder: Path) -> ConversionReport: ...
+
+
+def main() -> None:
+    run_verb("convert", run)
+
+
+def run(config: DictConfig) -> None:
+    convert(config)
+
+
+def convert(config: DictConfig) -> ConversionReport:
+    """Convert what `config` names; writes the target folder (or .pth file) and returns what was done.
+
+    Raises:
+        ConfigError: an unknown format, no such source, a target in use, a model the target cannot be built for.
+        CheckpointError: the source does not fit the described model, or holds what the target cannot.
+    """
+    steps = plan(config)
+    source, target = Path(config.source), Path(config.target)
+    if not source.exists():
+        raise ConfigError("no such file or folder", where=f"source={source}", fix="give the weights to be converted")
+    quiet_libraries()
+    from blip2train.checkpoint.converted import REPORT, write_atomically
+
+    def write(folder: Path) -> ConversionReport:
+        report = _run_steps(config, steps, source, folder)
+        facts = {"from": config["from"], "to": config.to, "source": source.name, **dataclasses.asdict(report)}
+        write_json(folder / REPORT, facts)
+        return report
+
+    single = config.to == "lavis" and target.suffix == LAVIS_FILE.suffix
+    report = write_atomically(target, write, only=LAVIS_FILE.name if single else None)
+    log.info("%s -> %s: %s\n%s", config["from"], config.to, target, report.summary())
+    return report
+
+
+def plan(config: DictConfig) -> list[str]:
+    """The directions to run, one after the other.
+
+    Raises:
+        ConfigError: a value is not set, or names no format.
+    """
+    missing = [key for key in OWN_KEYS if OmegaConf.is_missing(config, key)]
+    formats = sorted({name for pair in DIRECTIONS for name in pair})
+    usage = f"from=NAME to=NAME with {', '.join(formats)}; source=FILE_OR_FOLDER target=FOLDER"
+    if missing:
+        raise ConfigError(f"not set: {', '.join(missing)}", where=", ".join(missing), fix=usage)
+    start, end = config["from"], config.to
+    for key, name in (("from", start), ("to", end)):
+        if name not in formats:
+            raise ConfigError(f"no format {name!r}", where=f"{key}=", fix=f"known: {', '.join(formats)}")
+    if start == end:
+        raise ConfigError(f"from and to are both {start}", where="from=, to=", fix=usage)
+    if (start, end) in DIRECTIONS:
+        return [DIRECTIONS[start, end]]
+    return [DIRECTIONS[start, OURS], DIRECTIONS[OURS, end]]
+
+
+def load_direction(name: str) -> Direction:
+    """The function behind a row of DIRECTIONS, imported when it is needed."""
+    module, function = name.rsplit(".", 1)
+    return cast(Direction, getattr(importlib.import_module(f"blip2train.cli.{module}"), function))
+
+
+def _run_steps(config: DictConfig, steps: list[str], source: Path, folder: Path) -> ConversionReport:
+    if len(steps) == 1:
+        return load_direction(steps[0])(config, source, folder)
+    between = folder / "between.partial"
+    try:
+        between.mkdir()
+        first = load_direction(steps[0])(config, source, between)
+        second = load_direction(steps[1])(config, between, folder)
+    finally:
+        shutil.rmtree(between, ignore_errors=True)
+    second.notes = [*first.notes, *second.notes]
+    second.not_held = [*first.not_held, *second.not_held]
+    return second
+
+
+if __name__ == "__main__":
+    main()
