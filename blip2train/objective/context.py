@@ -48,7 +48,7 @@ class Stage1Context:
     """One batch seen by the model, lazily: reading an attribute runs the pass behind it, once.
 
     Shapes: `image_tokens` (B, P, I), `image_features` (B, Q, E), `text_features` (B, E), similarities (B, G) in
-    float32 or better and already divided by the temperature, `own_column` (B,), `same_image` (B, G).
+    float32 or better and already divided by the temperature, `own_column` (B,), `own_pair` and `same_image` (B, G).
 
     Read the similarities with gradients enabled: whoever reads first builds the graph that the others use.
     """
@@ -107,6 +107,12 @@ class Stage1Context:
         batch_size = len(self.batch)
         first = distributed.rank() * batch_size
         return torch.arange(first, first + batch_size, device=self.batch.image_ids.device)
+
+    @cached_property
+    def own_pair(self) -> Tensor:
+        """(B, G) bool: True in the own column alone."""
+        columns_G = torch.arange(len(self.batch) * distributed.world_size(), device=self.own_column.device)
+        return self.own_column[:, None] == columns_G[None, :]
 
     @cached_property
     def same_image(self) -> Tensor:

@@ -6,7 +6,6 @@ Differs from LAVIS pre-training in one default: several captions of one image in
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,7 +49,7 @@ class ContrastiveObjective:
     def __call__(self, context: Stage1Context) -> ObjectiveOutput:
         """Loss and the share of rows whose best column is a positive (chance: 1/G when all images differ)."""
         image_to_text_BG, text_to_image_BG = context.similarity_i2t, context.similarity_t2i
-        positive_BG = self._positives(context)
+        positive_BG = context.same_image if self.multi_positive else context.own_pair
         loss = 0.5 * (
             contrastive_loss(image_to_text_BG, positive_BG, self.label_smoothing)
             + contrastive_loss(text_to_image_BG, positive_BG, self.label_smoothing)
@@ -61,12 +60,6 @@ class ContrastiveObjective:
             "temperature": context.model.temperature.detach().clone(),
         }
         return ObjectiveOutput(loss, metrics)
-
-    def _positives(self, context: Stage1Context) -> Tensor:
-        if self.multi_positive:
-            return context.same_image
-        columns_G = torch.arange(context.similarity_i2t.shape[1], device=context.own_column.device)
-        return context.own_column[:, None] == columns_G[None, :]
 
 
 def _accuracy(logits_BG: Tensor, positive_BG: Tensor) -> Tensor:

@@ -54,12 +54,21 @@ class MatchingObjective:
             no contrastive pass is needed.
         same_text_matches: True: a pair with the same text is no negative either, as it is none with the same image.
             Worth it where captions repeat, as in synthetic data; LAVIS knows neither.
+        same_image_matches: True: a pair with the same image is no negative. False: only the own pair is excluded, as in
+            LAVIS's pre-training, which knows no image ids: another caption of the image may be its negative.
     """
 
-    def __init__(self, weight: float = 1.0, hard_share: float = 1.0, same_text_matches: bool = False) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        hard_share: float = 1.0,
+        same_text_matches: bool = False,
+        same_image_matches: bool = True,
+    ) -> None:
         self.weight = check_weight(weight, "itm")
         self.hard_share = check_share(hard_share, "stage.objectives.itm.hard_share")
         self.same_text_matches = same_text_matches
+        self.same_image_matches = same_image_matches
 
     def __call__(self, context: Stage1Context) -> ObjectiveOutput:
         """Loss over the pairs that exist, and the share of them classified right (chance: 2/3)."""
@@ -75,7 +84,9 @@ class MatchingObjective:
         return ObjectiveOutput(F.cross_entropy(logits_R2, labels_R, ignore_index=IGNORE_INDEX), metrics)
 
     def _negatives(self, context: Stage1Context) -> tuple[Tensor, Tensor]:
-        forbidden_BG = context.same_image | context.same_text if self.same_text_matches else context.same_image
+        forbidden_BG = context.same_image if self.same_image_matches else context.own_pair
+        if self.same_text_matches:
+            forbidden_BG = forbidden_BG | context.same_text
         evenly_BG = torch.zeros(forbidden_BG.shape, device=forbidden_BG.device)
         if not self.hard_share:
             return (

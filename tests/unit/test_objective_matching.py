@@ -151,6 +151,20 @@ def test_repeated_texts_are_no_negatives_when_asked_to(monkeypatch: pytest.Monke
     assert forbidden[2].tolist() == [[True, False, True], [False, True, True], [True, True, True]]
 
 
+def test_lavis_pre_training_forbids_the_own_pair_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden: list[torch.Tensor] = []
+
+    def spy(similarity: torch.Tensor, mask_BG: torch.Tensor, *_: object) -> torch.Tensor:
+        forbidden.append(mask_BG)
+        return torch.zeros(len(similarity), dtype=torch.int64)
+
+    monkeypatch.setattr(matching, "sample_hard_negatives", spy)
+    context = build_context(fake_model(), fake_batch(3, image_ids=[7, 7, 7]), gather_gradients=False)
+    MatchingObjective(same_image_matches=False)(context)
+    own_pair = [[row == column for column in range(3)] for row in range(3)]
+    assert [mask_BG.tolist() for mask_BG in forbidden] == [own_pair, own_pair]
+
+
 @pytest.mark.parametrize("image_ids", [[3], [3, 3]])
 @pytest.mark.parametrize("hard", [1.0, 0.5, 0.0])
 def test_without_any_negative_only_positives_count(image_ids: list[int], hard: float) -> None:

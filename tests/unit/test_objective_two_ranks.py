@@ -52,7 +52,7 @@ def _step(batch: Stage1Batch, gather_gradients: bool, multi_positive: bool) -> d
     context = build_context(model, batch, gather_gradients=gather_gradients)
     objectives = {
         "itc": ContrastiveObjective(multi_positive=multi_positive),
-        "itm": MatchingObjective(),
+        "itm": MatchingObjective(same_image_matches=multi_positive),  # both modes of both, in two runs
         "itg": GroundedGenerationObjective(dec_id=DEC_ID),
     }
     with pytest.MonkeyPatch.context() as patch:
