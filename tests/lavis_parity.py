@@ -75,6 +75,7 @@ class NormalisedImages(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.image, self.embed_dim, self.num_tokens = encoder.image, encoder.embed_dim, encoder.num_tokens
+        self.trainable = encoder.trainable
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.encoder.backbone.forward_features(pixel_values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,14 +60,14 @@ def tiny_vit(**changes: Any) -> TimmVisionEncoder:
     )
 
 
-def tiny_stage1(**changes: Any) -> Blip2Stage1:
-    vision_encoder, qformer = tiny_vit(), tiny_qformer()
+def tiny_stage1(vision: Mapping[str, Any] | None = None, **changes: Any) -> Blip2Stage1:
+    vision_encoder, qformer = tiny_vit(**(vision or {})), tiny_qformer()
     torch.manual_seed(2)
     return Blip2Stage1(vision_encoder, qformer, contrastive_dim=16, **changes)
 
 
-def tiny_stage2(language_model: LanguageModel, **changes: Any) -> Blip2Stage2:
-    vision_encoder, qformer = tiny_vit(), tiny_qformer()
+def tiny_stage2(language_model: LanguageModel, vision: Mapping[str, Any] | None = None, **changes: Any) -> Blip2Stage2:
+    vision_encoder, qformer = tiny_vit(**(vision or {})), tiny_qformer()
     torch.manual_seed(2)
     return Blip2Stage2(vision_encoder, qformer, language_model, **changes)
 

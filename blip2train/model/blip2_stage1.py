@@ -6,28 +6,25 @@ losses, negatives and ranks live in objective/. `ln_vision`, kept from LAVIS for
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2train.model.freezing import freeze
-from blip2train.model.image_tokens import check_image_width, encode_image_tokens
+from blip2train.model.image_tokens import build_ln_vision, check_image_width, encode_image_tokens
 from blip2train.model.qformer.qformer import ImageKeysValues, QFormer, QueryStates
 from blip2train.model.vision_encoder.base import VisionEncoder
 
 
 class Blip2Stage1(nn.Module):
-    """Frozen vision encoder, Q-Former, and the heads of the three losses.
+    """Vision encoder, Q-Former, and the heads of the three losses.
 
     Args:
-        vision_encoder: an `nn.Module`; its image tokens are the Q-Former's context.
+        vision_encoder: an `nn.Module`; its image tokens are the Q-Former's context. Frozen, unless it says otherwise.
         qformer: with its text branch.
         contrastive_dim: width E of the contrastive space (256 in LAVIS; the paper does not say).
         temperature: initial value of the learned divisor of the similarities (0.07 in LAVIS).
-        ln_vision: a trainable LayerNorm on the image tokens, eps 1e-5.
-        freeze_vision: keep the encoder out of training, in eval mode and without a graph.
+        ln_vision: a trainable LayerNorm on the image tokens.
+        ln_vision_eps: its epsilon; the released LAVIS weights were trained with 1e-5, transformers uses 1e-6.
 
     Raises:
         ConfigError: encoder and Q-Former disagree on the image width.
@@ -40,32 +37,21 @@ class Blip2Stage1(nn.Module):
         contrastive_dim: int = 256,
         temperature: float = 0.07,
         ln_vision: bool = True,
-        freeze_vision: bool = True,
+        ln_vision_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         check_image_width(vision_encoder, qformer)
         self.vision_encoder = vision_encoder
-        self.ln_vision = nn.LayerNorm(vision_encoder.embed_dim) if ln_vision else nn.Identity()
+        self.ln_vision = build_ln_vision(vision_encoder, ln_vision, ln_vision_eps)
         self.qformer = qformer
         self.vision_proj = nn.Linear(qformer.hidden_size, contrastive_dim)
         self.text_proj = nn.Linear(qformer.hidden_size, contrastive_dim)
         self.itm_head = nn.Linear(qformer.hidden_size, 2)
         self.temperature = nn.Parameter(torch.tensor(temperature))
-        self.freeze_vision = freeze_vision
-        if freeze_vision:
-            assert isinstance(vision_encoder, nn.Module)
-            freeze(vision_encoder)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the training mode of the trainable parts; a frozen encoder stays in eval mode."""
-        super().train(mode)
-        if self.freeze_vision:
-            self.get_submodule("vision_encoder").eval()
-        return self
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Encode uint8 images (B, 3, h, w) and normalise the tokens (B, P, I)."""
-        return encode_image_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
+        return encode_image_tokens(self.vision_encoder, self.ln_vision, pixel_values)
 
     def encode_image(self, image_tokens: Tensor) -> QueryStates:
         """Let the queries read image tokens (B, P, I)."""

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from blip2train.batch import Stage2Batch
 from blip2train.model.freezing import freeze
-from blip2train.model.image_tokens import check_image_width, encode_image_tokens
+from blip2train.model.image_tokens import build_ln_vision, check_image_width, encode_image_tokens
 from blip2train.model.language_model.base import GenerationSettings, LanguageModel, LanguageModelOutput
 from blip2train.model.qformer.qformer import QFormer
 from blip2train.model.vision_encoder.base import VisionEncoder
 
 
 class Blip2Stage2(nn.Module):
-    """Frozen vision encoder, Q-Former, projection, frozen language model.
+    """Vision encoder, Q-Former, projection, frozen language model.
 
     Args:
-        vision_encoder: an `nn.Module`, as in stage 1.
+        vision_encoder: an `nn.Module`, as in stage 1. Frozen, unless it says otherwise.
         qformer: loses its text branch here (`drop_text_branch`).
         language_model: an `nn.Module`; always frozen.
-        ln_vision: a trainable LayerNorm on the image tokens, eps 1e-5.
-        freeze_vision: keep the encoder out of training, in eval mode and without a graph.
+        ln_vision: a trainable LayerNorm on the image tokens.
+        ln_vision_eps: its epsilon; the released LAVIS weights were trained with 1e-5, transformers uses 1e-6.
 
     Raises:
         ConfigError: encoder and Q-Former disagree on the image width.
@@ -39,34 +39,28 @@ class Blip2Stage2(nn.Module):
         qformer: QFormer,
         language_model: LanguageModel,
         ln_vision: bool = True,
-        freeze_vision: bool = True,
+        ln_vision_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         check_image_width(vision_encoder, qformer)
         qformer.drop_text_branch()
         self.vision_encoder = vision_encoder
-        self.ln_vision = nn.LayerNorm(vision_encoder.embed_dim) if ln_vision else nn.Identity()
+        self.ln_vision = build_ln_vision(vision_encoder, ln_vision, ln_vision_eps)
         self.qformer = qformer
         self.projection = nn.Linear(qformer.hidden_size, language_model.embed_dim)
         self.language_model = language_model
-        self.freeze_vision = freeze_vision
         assert isinstance(language_model, nn.Module)
         freeze(language_model)
-        if freeze_vision:
-            assert isinstance(vision_encoder, nn.Module)
-            freeze(vision_encoder)
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode of the trainable parts; frozen ones stay in eval mode."""
         super().train(mode)
         self.get_submodule("language_model").eval()
-        if self.freeze_vision:
-            self.get_submodule("vision_encoder").eval()
         return self
 
     def visual_prompt(self, pixel_values: Tensor) -> Tensor:
         """Turn uint8 images (B, 3, h, w) into soft prompts (B, Q, L)."""
-        tokens_BPI = encode_image_tokens(self.vision_encoder, self.ln_vision, self.freeze_vision, pixel_values)
+        tokens_BPI = encode_image_tokens(self.vision_encoder, self.ln_vision, pixel_values)
         prompt_BQL: Tensor = self.projection(self.qformer.encode_image(tokens_BPI).hidden)
         return prompt_BQL
 

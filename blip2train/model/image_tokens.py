@@ -1,4 +1,4 @@
-"""Pixels (B, 3, h, w) -> image tokens (B, P, I) as both stages give them to the Q-Former: frozen encoder, ln_vision.
+"""Pixels (B, 3, h, w) -> image tokens (B, P, I) as both stages give them to the Q-Former: encoder, ln_vision.
 
 The paper gives the encoder's output to the Q-Former as it is; `ln_vision` is LAVIS's. LAVIS runs the frozen tower with
 autograd on and casts its float32 output anew in every cross-attention layer; here it is cast once.
@@ -24,11 +24,14 @@ def check_image_width(vision_encoder: VisionEncoder, qformer: QFormer) -> None:
         )
 
 
-def encode_image_tokens(
-    vision_encoder: VisionEncoder, ln_vision: nn.Module, frozen: bool, pixel_values: Tensor
-) -> Tensor:
+def build_ln_vision(vision_encoder: VisionEncoder, wanted: bool, eps: float) -> nn.Module:
+    """A trainable LayerNorm over the image tokens, or nothing; eps 1e-5 in LAVIS's weights, 1e-6 in transformers."""
+    return nn.LayerNorm(vision_encoder.embed_dim, eps=eps) if wanted else nn.Identity()
+
+
+def encode_image_tokens(vision_encoder: VisionEncoder, ln_vision: nn.Module, pixel_values: Tensor) -> Tensor:
     """Encode images, without a graph if the encoder is frozen, and apply `ln_vision`: (B, 3, h, w) -> (B, P, I)."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and vision_encoder.trainable):
         raw_BPI = vision_encoder(pixel_values)
     parameter = next(ln_vision.parameters(), None)
     tokens_BPI: Tensor = ln_vision(raw_BPI if parameter is None else raw_BPI.to(parameter.dtype))

@@ -12,7 +12,7 @@ DOORS = {
     "omegaconf": ("cli/",),
     "torch.distributed": ("distributed.py",),
     "webdataset": ("data/shards.py",),
-    "timm": ("model/vision_encoder/timm_vit.py", "microworld/"),
+    "timm": ("model/vision_encoder/", "microworld/"),
     "transformers": ("model/language_model/", "data/tokenizer.py", "microworld/", "cli/quickstart.py"),
     "pytorch_lightning": ("stage/", "data/datamodule.py", "callback/", "cli/train.py", "cli/quickstart.py"),
     "pycocoevalcap": ("metric/caption.py",),

@@ -68,6 +68,7 @@ class MeanColor(nn.Module):
     image = ImageSpec(SIZE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     embed_dim = 3
     num_tokens = 4
+    trainable = False
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(pixel_values.float() / 255, 2).flatten(2).transpose(1, 2)

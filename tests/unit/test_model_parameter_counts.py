@@ -20,8 +20,9 @@ VIT_G, VIT_L = "eva_giant_patch14_clip_224", "vit_large_patch14_clip_quickgelu_2
 WIDTH = {VIT_G: 1408, VIT_L: 1024}
 
 
-def vision_encoder(name: str, size: int = 224) -> TimmVisionEncoder:
-    return TimmVisionEncoder(name, ImageSpec(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+def vision_encoder(name: str, size: int = 224, trainable_blocks: int | str = 0) -> TimmVisionEncoder:
+    image = ImageSpec(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return TimmVisionEncoder(name, image, trainable_blocks=trainable_blocks)
 
 
 def bert_base(name: str) -> QFormer:
@@ -79,7 +80,7 @@ def test_stage1(name: str, trainable: int, frozen: int) -> None:
 @pytest.mark.parametrize(("name", "total"), [(VIT_G, 1_173_191_358), (VIT_L, 474_177_342)])
 def test_retrieval_fine_tuning_at_364_trains_everything(name: str, total: int) -> None:
     with torch.device("meta"):
-        model = Blip2Stage1(vision_encoder(name, 364), bert_base(name), freeze_vision=False)
+        model = Blip2Stage1(vision_encoder(name, 364, "all"), bert_base(name))
     assert count_parameters(model) == (total, 0)
 
 
@@ -102,5 +103,5 @@ def test_stage2(name: str, language_model: type, width: int, trainable: int) -> 
 
 def test_caption_fine_tuning_with_opt_at_364() -> None:
     with torch.device("meta"):
-        model = Blip2Stage2(vision_encoder(VIT_G, 364), bert_base(VIT_G), opt(2560), freeze_vision=False)
+        model = Blip2Stage2(vision_encoder(VIT_G, 364, "all"), bert_base(VIT_G), opt(2560))
     assert count_parameters(model)[0] == 1_093_619_584

@@ -69,7 +69,7 @@ def test_the_frozen_encoder_builds_no_graph_and_stays_in_eval_mode() -> None:
 
 
 def test_an_encoder_that_is_to_train_gets_gradients() -> None:
-    model = tiny_stage1(freeze_vision=False).train()
+    model = tiny_stage1(vision={"trainable_blocks": "all"}).train()
     assert model.vision_encoder.training
     stage1_loss(model).backward()
     assert all(p.grad is not None for p in model.vision_encoder.parameters())

@@ -188,7 +188,7 @@ def test_pretrained_weights_that_cannot_be_fetched_are_an_error_that_names_the_w
     def offline(*_: object, **__: object) -> None:
         raise OSError("offline")
 
-    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     with pytest.raises(ConfigError, match=r"no pretrained weights for vit_tiny_patch16_224: offline"):
         tiny_vit(pretrained=True)
 
