@@ -38,8 +38,8 @@ STAGE1_ONLY = (
 )
 """What stage 2 leaves behind: the contrastive, matching and generation heads and the Q-Former's text branch."""
 
-STAGE2_ONLY = ("projection.*",)
-"""What stage 2 starts at random: the projection into the language model."""
+STAGE2_ONLY = ("projection.*", "language_model.*.lora_*")
+"""What stage 2 starts anew: the projection into the language model, and that model's adapter if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +162,8 @@ def load_weights(
     wanted = trainable_state_dict(module)
     dropped = [name for name in state if name not in wanted]
     missing = [name for name in wanted if name not in state]
-    problems = [f"unexpected in the file: {name}" for name in dropped if not _matches(name, leave)]
-    problems += [f"missing from the file: {name}" for name in missing if not _matches(name, fresh)]
+    problems = [f"unexpected in the file: {name}" for name in dropped if not matches(name, leave)]
+    problems += [f"missing from the file: {name}" for name in missing if not matches(name, fresh)]
     loaded = [name for name in wanted if name in state]
     problems += [
         f"{name}: the file has {tuple(state[name].shape)}, the model {tuple(wanted[name].shape)}"
@@ -206,7 +206,8 @@ def read_weights(weights: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter name fits one of the shell-style patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
