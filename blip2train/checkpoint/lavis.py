@@ -19,7 +19,33 @@ from blip2train.checkpoint.io import STAGE1_ONLY, matches
 from blip2train.checkpoint.rename import Rule, translate
 from blip2train.errors import CheckpointError
 
-_OURS, _THEIRS = "qformer.blocks.{i}.", "Qformer.bert.encoder.layer.{i}."
+_BLOCK_PARTS = {
+    "self_attention.query": "attention.self.query",
+    "self_attention.key": "attention.self.key",
+    "self_attention.value": "attention.self.value",
+    "self_attention.output": "attention.output.dense",
+    "self_attention.norm": "attention.output.LayerNorm",
+    "cross_attention.query": "crossattention.self.query",
+    "cross_attention.key": "crossattention.self.key",
+    "cross_attention.value": "crossattention.self.value",
+    "cross_attention.output": "crossattention.output.dense",
+    "cross_attention.norm": "crossattention.output.LayerNorm",
+    "text_ffn.expand": "intermediate.dense",
+    "text_ffn.contract": "output.dense",
+    "text_ffn.norm": "output.LayerNorm",
+    "query_ffn.expand": "intermediate_query.dense",
+    "query_ffn.contract": "output_query.dense",
+    "query_ffn.norm": "output_query.LayerNorm",
+}
+
+_CLIP_BLOCK_PARTS = {
+    "norm1.{leaf}": "ln_1.{leaf}",
+    "attn.qkv.{leaf}": "attn.in_proj_{leaf}",
+    "attn.proj.{leaf}": "attn.out_proj.{leaf}",
+    "norm2.{leaf}": "ln_2.{leaf}",
+    "mlp.fc1.{leaf}": "mlp.c_fc.{leaf}",
+    "mlp.fc2.{leaf}": "mlp.c_proj.{leaf}",
+}
 
 MODEL = (
     Rule("temperature", "temp"),
@@ -32,23 +58,8 @@ MODEL = (
     Rule("qformer.text_embeddings.position.weight", "Qformer.bert.embeddings.position_embeddings.weight"),
     Rule("qformer.embedding_norm.{leaf}", "Qformer.bert.embeddings.LayerNorm.{leaf}"),
     *(
-        Rule(f"{_OURS}{ours}_attention.{name}.{{leaf}}", f"{_THEIRS}{theirs}.self.{name}.{{leaf}}")
-        for ours, theirs in (("self", "attention"), ("cross", "crossattention"))
-        for name in ("query", "key", "value")
-    ),
-    *(
-        Rule(f"{_OURS}{ours}_attention.{part}.{{leaf}}", f"{_THEIRS}{theirs}.output.{named}.{{leaf}}")
-        for ours, theirs in (("self", "attention"), ("cross", "crossattention"))
-        for part, named in (("output", "dense"), ("norm", "LayerNorm"))
-    ),
-    *(
-        Rule(f"{_OURS}{ours}_ffn.{part}.{{leaf}}", f"{_THEIRS}{named}{theirs}.{inner}.{{leaf}}")
-        for ours, theirs in (("text", ""), ("query", "_query"))
-        for part, named, inner in (
-            ("expand", "intermediate", "dense"),
-            ("contract", "output", "dense"),
-            ("norm", "output", "LayerNorm"),
-        )
+        Rule(f"qformer.blocks.{{i}}.{ours}.{{leaf}}", f"Qformer.bert.encoder.layer.{{i}}.{theirs}.{{leaf}}")
+        for ours, theirs in _BLOCK_PARTS.items()
     ),
     Rule("qformer.lm_head.dense.{leaf}", "Qformer.cls.predictions.transform.dense.{leaf}"),
     Rule("qformer.lm_head.norm.{leaf}", "Qformer.cls.predictions.transform.LayerNorm.{leaf}"),
@@ -64,18 +75,8 @@ VISION = {
         Rule("vision_encoder.backbone.patch_embed.proj.weight", "visual_encoder.conv1.weight"),
         Rule("vision_encoder.backbone.norm_pre.{leaf}", "visual_encoder.ln_pre.{leaf}"),
         *(
-            Rule(
-                f"vision_encoder.backbone.blocks.{{i}}.{ours}{{leaf}}",
-                f"visual_encoder.transformer.resblocks.{{i}}.{theirs}{{leaf}}",
-            )
-            for ours, theirs in (
-                ("norm1.", "ln_1."),
-                ("attn.qkv.", "attn.in_proj_"),
-                ("attn.proj.", "attn.out_proj."),
-                ("norm2.", "ln_2."),
-                ("mlp.fc1.", "mlp.c_fc."),
-                ("mlp.fc2.", "mlp.c_proj."),
-            )
+            Rule(f"vision_encoder.backbone.blocks.{{i}}.{ours}", f"visual_encoder.transformer.resblocks.{{i}}.{theirs}")
+            for ours, theirs in _CLIP_BLOCK_PARTS.items()
         ),
     ),
 }
