@@ -1,18 +1,15 @@
 """Stage 2: images -> a visual prompt (B, Q, L) -> the frozen language model's logits for the text.
 
 Implements section 3.3 (generative learning from a frozen LLM): the Q-Former without its text branch and one linear
-projection train. As LAVIS, but the LLM stays in eval mode and one class serves every LLM.
+projection train. As LAVIS, but the LLM stays in eval mode unless told otherwise, and one class serves every LLM.
 """
 
 from __future__ import annotations
-
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from blip2train.batch import Stage2Batch
-from blip2train.model.freezing import freeze
 from blip2train.model.image_tokens import build_ln_vision, check_image_width, encode_image_tokens
 from blip2train.model.language_model.base import GenerationSettings, LanguageModel, LanguageModelOutput
 from blip2train.model.qformer.qformer import QFormer
@@ -25,7 +22,7 @@ class Blip2Stage2(nn.Module):
     Args:
         vision_encoder: an `nn.Module`, as in stage 1. Frozen, unless it says otherwise.
         qformer: loses its text branch here (`drop_text_branch`).
-        language_model: an `nn.Module`; always frozen.
+        language_model: an `nn.Module` that freezes itself; an adapter of it may train.
         ln_vision: a trainable LayerNorm on the image tokens.
         ln_vision_eps: its epsilon; the released LAVIS weights were trained with 1e-5, transformers uses 1e-6.
 
@@ -49,14 +46,6 @@ class Blip2Stage2(nn.Module):
         self.qformer = qformer
         self.projection = nn.Linear(qformer.hidden_size, language_model.embed_dim)
         self.language_model = language_model
-        assert isinstance(language_model, nn.Module)
-        freeze(language_model)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the training mode of the trainable parts; frozen ones stay in eval mode."""
-        super().train(mode)
-        self.get_submodule("language_model").eval()
-        return self
 
     def visual_prompt(self, pixel_values: Tensor) -> Tensor:
         """Turn uint8 images (B, 3, h, w) into soft prompts (B, Q, L)."""

@@ -18,6 +18,7 @@ DOORS = {
     "pycocoevalcap": ("metric/caption.py",),
     "matplotlib": ("report/curve.py", "cli/show.py"),
     "jinja2": ("report/html.py",),
+    "peft": ("model/language_model/",),
     "wandb": (),
     "deepspeed": (),
     "lightning": (),

@@ -55,14 +55,20 @@ class GenerationSettings:
 
 
 class LanguageModel(Protocol):
-    """A frozen `nn.Module` through which gradients reach the visual prompt and nothing else.
+    """A frozen `nn.Module` through which gradients reach the visual prompt, and an adapter if it has one; nothing else.
 
-    `visual_prompt=None` means no image at all: the blind baseline and the text oracle.
+    It freezes itself and keeps its frozen part in eval mode. `visual_prompt=None` means no image at all: the blind
+    baseline and the text oracle.
     """
 
     @property
     def embed_dim(self) -> int:
         """Width L of the model's input embeddings."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embeddings: ids from here on have none."""
         ...
 
     def __call__(self, visual_prompt: Tensor | None, batch: Stage2Batch) -> LanguageModelOutput:

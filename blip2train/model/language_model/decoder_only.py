@@ -18,12 +18,14 @@ from blip2train.errors import ConfigError
 from blip2train.model.freezing import freeze
 from blip2train.model.language_model.base import GenerationSettings, LanguageModelOutput
 from blip2train.model.language_model.generation import to_generation_config
-from blip2train.model.language_model.loading import ModelSource, load_model
+from blip2train.model.language_model.loading import ModelSource, check_causal, load_model
+from blip2train.model.language_model.lora import add_lora, train_adapters
 from blip2train.model.language_model.packing import Part, own_precision, pack, visual_part
+from blip2train.model.precision import check_dtype
 
 
 class DecoderOnly(nn.Module):
-    """A frozen causal LM.
+    """A frozen causal LM, with or without a trainable adapter.
 
     Training sequences are packed (padding only at the end), so causality alone keeps real tokens from seeing padding:
     no mask is passed, positions count from 0 in every architecture, and attention takes its fastest path.
@@ -33,6 +35,12 @@ class DecoderOnly(nn.Module):
         dtype: number format of the weights: "float32", "float16" or "bfloat16".
         weights: False builds a folder's architecture with random weights.
         overrides: single fields of the transformers config to change.
+        dropout: keep the model's own dropout active in training, as LAVIS does; the paper's model is frozen.
+        lora: settings of a trainable adapter (`LoraSettings`); None trains nothing here.
+
+    Raises:
+        ConfigError: a model that is not causal, or settings that do not fit.
+        CheckpointError: weight files are missing, damaged or incomplete.
     """
 
     def __init__(
@@ -41,19 +49,34 @@ class DecoderOnly(nn.Module):
         dtype: str = "float32",
         weights: bool = True,
         overrides: Mapping[str, Any] | None = None,
+        dropout: bool = False,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_dtype("decoder_only", dtype, trainable=False, where="llm.model.dtype")
         self.model = load_model(AutoModelForCausalLM, path_or_config, dtype, weights, overrides or {})
+        check_causal(self.model.config)
+        self.dropout = dropout
         freeze(self)
+        if lora is not None:
+            add_lora(self.model, lora)
+        self.train()
 
     @property
     def embed_dim(self) -> int:
         width: int = self.model.get_input_embeddings().embedding_dim
         return width
 
+    @property
+    def vocab_size(self) -> int:
+        rows: int = self.model.get_input_embeddings().num_embeddings
+        return rows
+
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: frozen means no dropout either."""
-        return super().train(False)
+        """Frozen means no dropout: only adapters follow the mode, and the whole model where `dropout` says so."""
+        super().train(mode and self.dropout)
+        train_adapters(self.model, mode)
+        return self
 
     def forward(self, visual_prompt: Tensor | None, batch: Stage2Batch) -> LanguageModelOutput:
         """Predict the target after visual prompt and prompt.

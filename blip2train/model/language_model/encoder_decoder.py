@@ -1,7 +1,7 @@
 """Any sequence-to-sequence model of transformers (Flan-T5, ...) behind a visual prompt: (B, Q, L) and text -> logits.
 
 Implements section 3.3, encoder-decoder LLMs: visual prompt and prefix to the encoder, suffix as the decoder's target.
-LAVIS leaves the LLM's dropout on; here it is in eval mode, and float16, in which T5 overflows, is refused.
+LAVIS leaves the LLM's dropout on; here only `dropout` does, and float16, in which T5 overflows, is refused.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from blip2train.model.freezing import freeze
 from blip2train.model.language_model.base import GenerationSettings, LanguageModelOutput
 from blip2train.model.language_model.generation import to_generation_config
 from blip2train.model.language_model.loading import ModelSource, load_model
+from blip2train.model.language_model.lora import add_lora, train_adapters
 from blip2train.model.language_model.packing import own_precision, pack, visual_part
+from blip2train.model.precision import check_dtype
 
 
 class EncoderDecoder(nn.Module):
-    """A frozen encoder-decoder LM.
+    """A frozen encoder-decoder LM, with or without a trainable adapter.
 
     Args:
         path_or_config: local folder or hub name; or a transformers config (object or mapping with `model_type`).
@@ -31,9 +33,13 @@ class EncoderDecoder(nn.Module):
         weights: False builds a folder's architecture with random weights.
         overrides: single fields of the transformers config to change; LAVIS, for one, runs Flan-T5 with
             `dense_act_fn: gelu` in place of its `gelu_new`.
+        dropout: keep the model's own dropout active in training, as LAVIS does; the paper's model is frozen.
+        lora: settings of a trainable adapter (`LoraSettings`); None trains nothing here.
 
     Raises:
-        ConfigError: float16, or a model that does not say with which token its decoder starts.
+        ConfigError: float16, a model that does not say with which token its decoder starts, or settings that do not
+            fit.
+        CheckpointError: weight files are missing, damaged or incomplete.
     """
 
     def __init__(
@@ -42,26 +48,34 @@ class EncoderDecoder(nn.Module):
         dtype: str = "float32",
         weights: bool = True,
         overrides: Mapping[str, Any] | None = None,
+        dropout: bool = False,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if dtype == "float16":
-            raise ConfigError(
-                "T5-like models overflow in float16",
-                where="llm.model.dtype",
-                fix="bfloat16, as in the paper",
-            )
+        check_dtype("encoder_decoder", dtype, trainable=False, where="llm.model.dtype")
         self.model = load_model(AutoModelForSeq2SeqLM, path_or_config, dtype, weights, overrides or {})
         self.start_id = _start_id(self.model.config)
+        self.dropout = dropout
         freeze(self)
+        if lora is not None:
+            add_lora(self.model, lora)
+        self.train()
 
     @property
     def embed_dim(self) -> int:
         width: int = self.model.get_input_embeddings().embedding_dim
         return width
 
+    @property
+    def vocab_size(self) -> int:
+        rows: int = self.model.get_input_embeddings().num_embeddings
+        return rows
+
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode: frozen means no dropout either."""
-        return super().train(False)
+        """Frozen means no dropout: only adapters follow the mode, and the whole model where `dropout` says so."""
+        super().train(mode and self.dropout)
+        train_adapters(self.model, mode)
+        return self
 
     def forward(self, visual_prompt: Tensor | None, batch: Stage2Batch) -> LanguageModelOutput:
         """Predict the target from visual prompt and prompt.
