@@ -35,7 +35,9 @@ def pack(parts: list[Part], *, side: str) -> tuple[Tensor, Tensor]:
     Returns:
         (B, M, L) embeddings and the (B, M) bool mask, M the sum of the parts' lengths.
     """
-    embeddings_BML = torch.cat([embeddings for embeddings, _ in parts], dim=1)
+    # all parts have one dtype; autocast would refuse to join float16 ones where it computes in bfloat16
+    with torch.autocast(parts[0][0].device.type, enabled=False):
+        embeddings_BML = torch.cat([embeddings for embeddings, _ in parts], dim=1)
     mask_BM = torch.cat([mask for _, mask in parts], dim=1)
     first = ~mask_BM if side == "right" else mask_BM
     order_BM = first.to(torch.uint8).argsort(dim=1, stable=True)
