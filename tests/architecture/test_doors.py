@@ -13,7 +13,10 @@ DOORS = {
     "torch.distributed": ("distributed.py",),
     "webdataset": ("data/shards.py",),
     "timm": ("model/vision_encoder/", "microworld/"),
-    "transformers": ("model/language_model/", "data/tokenizer.py", "microworld/", "cli/quickstart.py"),
+    "transformers": (
+        *("model/language_model/", "model/qformer/bert_checkpoint.py", "data/tokenizer.py"),
+        *("microworld/", "cli/quickstart.py"),
+    ),
     "pytorch_lightning": ("stage/", "data/datamodule.py", "callback/", "cli/train.py", "cli/quickstart.py"),
     "pycocoevalcap": ("metric/caption.py",),
     "matplotlib": ("report/curve.py", "cli/show.py"),
