@@ -24,6 +24,9 @@ from blip2train.errors import ConfigError, DataError
 Transform = Callable[[Tensor, torch.Generator | None], Tensor]
 """uint8 (3, h, w) and a generator -> uint8 (3, size, size)."""
 
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""uint8 (3, size, size) -> the same shape."""
+
 _CROP_ATTEMPTS = 10
 _FILTERS = {mode.value: mode for mode in InterpolationMode}
 
@@ -73,7 +76,7 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Random resized crop, then a horizontal flip with probability one half.
+    """Random resized crop, then a horizontal flip with probability one half, then `augment`.
 
     Args:
         spec: size and filter.
@@ -81,6 +84,7 @@ class TrainTransform:
             1).
         ratio: range of the crop's width / height.
         horizontal_flip: switch off where captions speak of left and right.
+        augment: further changes, `RandAugment` for one; None for none (paper).
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class TrainTransform:
         scale: tuple[float, float] = (0.5, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         horizontal_flip: bool = True,
+        augment: Augment | None = None,
     ) -> None:
         low, high = scale
         if not 0 < low <= high <= 1:
@@ -101,10 +106,11 @@ class TrainTransform:
         self.scale = (float(low), float(high))
         self.ratio = (float(ratio[0]), float(ratio[1]))
         self.horizontal_flip = horizontal_flip
+        self.augment = augment
         self._filter = _interpolation(spec)
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Crop, resize and flip (3, h, w) to (3, size, size); every draw is from `generator`, which must be given."""
+        """Make (3, size, size) of (3, h, w); every draw is from `generator`, which must be given."""
         assert generator is not None, "training augmentation never uses the global generator"
         height, width = image.shape[-2:]
         top, left, crop_height, crop_width = sample_crop(height, width, self.scale, self.ratio, generator)
@@ -113,7 +119,8 @@ class TrainTransform:
         cropped: Tensor = F.resized_crop(
             image, top, left, crop_height, crop_width, size, interpolation=self._filter, antialias=True
         )
-        return cropped.flip(-1) if flip else cropped
+        turned = cropped.flip(-1) if flip else cropped
+        return self.augment(turned, generator) if self.augment else turned
 
 
 def sample_crop(
