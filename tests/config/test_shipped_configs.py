@@ -15,7 +15,11 @@ from blip2train.cli.config import compose, config_dir, resolved_yaml
 from blip2train.cli.evaluate import merge_with_run
 
 CONFIGS = config_dir()
-EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
+EXPERIMENTS = sorted(
+    path.relative_to(CONFIGS / "experiment").with_suffix("").as_posix()
+    for path in CONFIGS.glob("experiment/**/*.yaml")
+    if not path.name.startswith("_")  # a part that presets share, nothing to run
+)
 BENCHMARKS = sorted(path.stem for path in CONFIGS.glob("benchmark/*.yaml"))
 THIRD_PARTY_GROUPS = {"trainer", "logger", "callback"}
 
@@ -53,7 +57,7 @@ def test_experiment_composes_resolves_and_names_real_arguments(experiment: str) 
     config = compose("train", [f"experiment={experiment}", "run_dir=outputs/x"])
     plain = OmegaConf.to_container(config, resolve=True)
     check_arguments({key: value for key, value in plain.items() if key != "hydra"})
-    assert config.name == experiment
+    assert config.name == experiment.replace("/", "_")
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)

@@ -74,8 +74,8 @@ SIZES = {
     "blip2train train experiment=photos_stage1": Size(
         (*FEW_STEPS, *TOKENIZER), ("outputs/photos_stage1/*/checkpoints/step-0000004/model.safetensors",)
     ),
-    "blip2train train experiment=paper_stage1_vitg trainer.devices=16 paths.data=/datasets": Size(COMPOSE_ONLY),
-    "blip2train train experiment=paper_stage2_opt_2_7b trainer.devices=16 paths.data=/datasets "
+    "blip2train train experiment=paper/stage1_vitg trainer.devices=16 paths.data=/datasets": Size(COMPOSE_ONLY),
+    "blip2train train experiment=paper/stage2_vitg_opt_2_7b trainer.devices=16 paths.data=/datasets "
     "init_from=outputs/paper_stage1_vitg/ID": Size(COMPOSE_ONLY),
     "blip2train show masks experiment=microworld_stage1": Size(leaves=("show_masks.png",)),
     "blip2train show batch experiment=microworld_stage1": Size(leaves=("show_batch.png",)),
@@ -106,9 +106,10 @@ def test_command_names_a_verb_and_composes(command: str) -> None:
 def test_verbs_and_experiments_named_in_prose_exist() -> None:
     verbs = {match.group(1) for span in SPANS if (match := re.match(r"blip2train ([a-z]+)", span))}
     assert verbs <= set(VERBS)
-    experiments = set(re.findall(r"experiment=(\w+)|configs/experiment/(\w+)\.yaml", README))
+    experiments = set(re.findall(r"experiment=([\w/]+)|configs/experiment/([\w/]+)\.yaml", README))
+    folder = config_dir() / "experiment"
     assert {one or other for one, other in experiments} <= {
-        path.stem for path in config_dir().glob("experiment/*.yaml")
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
     }
 
 
@@ -117,7 +118,7 @@ def test_overrides_of_the_want_and_write_table_compose_and_resolve(row: str) -> 
     """Each code span in the right column is typed behind a training command of the stage it is about."""
     spans = re.findall(r"`([^`]+)`", row.strip("| ").split(" | ", 1)[1])
     stage2 = any("language_model" in span or "init_from" in span for span in spans)
-    base = ["experiment=paper_stage2_opt_2_7b" if stage2 else "experiment=paper_stage1_vitg", "init_from=scratch"]
+    base = ["experiment=paper/stage2_vitg_opt_2_7b" if stage2 else "experiment=paper/stage1_vitg", "init_from=scratch"]
     for span in (span for span in spans if "=" in span or span.startswith("'~")):
         overrides = [_first_of_a_sweep(item) for item in shlex.split(span) if item != "-m"]
         config = compose("train", [*base, "run_dir=outputs/x", *overrides])

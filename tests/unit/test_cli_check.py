@@ -33,10 +33,10 @@ def test_stage_and_model_must_belong_together() -> None:
 
 
 def test_global_batch_must_be_the_one_the_experiment_expects() -> None:
-    check.check_train(composed("experiment=paper_stage1_vitg"))
-    check.check_train(composed("experiment=paper_stage1_vitg", "trainer.devices=8"))  # 210 per device
+    check.check_train(composed("experiment=paper/stage1_vitg"))
+    check.check_train(composed("experiment=paper/stage1_vitg", "trainer.devices=8"))  # 210 per device
     with pytest.raises(ConfigError, match="the global batch is 840, the experiment expects 1680"):
-        check.check_train(composed("experiment=paper_stage1_vitg", "trainer.devices=8", "data.batch_size=105"))
+        check.check_train(composed("experiment=paper/stage1_vitg", "trainer.devices=8", "data.batch_size=105"))
 
 
 def test_a_log_window_without_steps_is_refused() -> None:

@@ -33,7 +33,7 @@ def test_values_nobody_gave_are_named() -> None:
 
 
 def test_image_size_and_width_follow_the_encoder_everywhere() -> None:
-    config = compose("train", ["experiment=paper_stage1_vitg", "model/vision_encoder=clip_vit_l"])
+    config = compose("train", ["experiment=paper/stage1_vitg", "model/vision_encoder=clip_vit_l"])
     assert config.model.qformer.image_dim == 1024
     assert config.data.datasets.coco.transform.spec.size == config.model.vision_encoder.image.size == 224
 
@@ -45,7 +45,7 @@ def test_a_loss_is_dropped_by_one_override() -> None:
 
 
 def test_one_more_dataset_is_one_override() -> None:
-    config = compose("train", ["experiment=paper_stage1_vitg", "+data/dataset@data.datasets.mine=folder"])
+    config = compose("train", ["experiment=lavis/stage1_vitg", "+data/dataset@data.datasets.mine=folder"])
     assert sorted(config.data.datasets) == ["coco", "mine", "visual_genome"]
 
 
