@@ -39,6 +39,12 @@ class QFormerTokenizer:
         self.dec_id: int = tokenizer.bos_token_id
         self.vocab_size: int = len(tokenizer)
 
+    @property
+    def words(self) -> list[str]:
+        """The vocabulary by id, [DEC] included."""
+        words: list[str] = self._tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
+        return words
+
     @classmethod
     def load(cls, path: str | Path, vocab_size: int | None = None, dec_id: int | None = None) -> Self:
         """Load a saved tokenizer, a folder with only `vocab.txt`, or a model hub name.
@@ -91,14 +97,15 @@ class LanguageModelTokenizer:
     Args:
         tokenizer: a transformers tokenizer.
         end_token: what ends a target; the tokenizer's eos when omitted. LAVIS ends OPT captions with a line break.
+        start_token: False never prepends the tokenizer's bos, for models that were trained without one (Pythia).
     """
 
-    def __init__(self, tokenizer: Any, end_token: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, end_token: str | None = None, start_token: bool = True) -> None:
         _require(tokenizer, ("eos_token",))
         self._tokenizer = tokenizer
         self._stop_id: int = tokenizer.eos_token_id
         self.end_id: int = self._stop_id if end_token is None else _single_id(tokenizer, end_token)
-        self.start_id: int | None = tokenizer.bos_token_id
+        self.start_id: int | None = tokenizer.bos_token_id if start_token else None
         self.pad_id: int = self._stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.vocab_size: int = len(tokenizer)
         spelled = tokenizer(tokenizer.eos_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -106,13 +113,13 @@ class LanguageModelTokenizer:
         self.word_separator: str = _word_separator(tokenizer)
 
     @classmethod
-    def load(cls, path: str | Path, end_token: str | None = None) -> Self:
+    def load(cls, path: str | Path, end_token: str | None = None, start_token: bool = True) -> Self:
         """Load a saved tokenizer or a model hub name.
 
         Raises:
             ConfigError: nothing loadable there, or `end_token` is not exactly one token.
         """
-        return cls(_load(path), end_token)
+        return cls(_load(path), end_token, start_token)
 
     def encode(
         self,

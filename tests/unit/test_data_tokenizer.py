@@ -109,6 +109,12 @@ def test_a_model_without_start_token_gets_none(t5: LanguageModelTokenizer) -> No
     assert torch.equal(t5.encode(["a dog"], 8, add_start=True)[0], t5.encode(["a dog"], 8)[0])
 
 
+def test_the_start_token_can_be_left_out(opt_folder: Path) -> None:
+    without = LanguageModelTokenizer.load(opt_folder, start_token=False)
+    assert without.start_id is None
+    assert torch.equal(without.encode(["a dog"], 8, add_start=True)[0], without.encode(["a dog"], 8)[0])
+
+
 def test_text_in_two_pieces_is_spelled_as_in_one(opt: LanguageModelTokenizer, t5: LanguageModelTokenizer) -> None:
     for tokenizer in (opt, t5):
         pieces = [tokenizer.encode([text], 16)[0] for text in ("a photo of", f"{tokenizer.word_separator}a dog")]
