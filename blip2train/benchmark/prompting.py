@@ -16,7 +16,7 @@ from blip2train.batch import EvalItem
 from blip2train.data.tokenizer import LanguageModelTokenizer
 from blip2train.errors import ConfigError
 from blip2train.model.blip2_stage2 import Blip2Stage2
-from blip2train.model.language_model.base import GenerationSettings
+from blip2train.model.language_model.base import GenerationSettings, check_vocabulary
 
 
 def visual_prompts(model: Blip2Stage2, items: Sequence[EvalItem], device: torch.device, batch_size: int) -> Tensor:
@@ -43,7 +43,11 @@ def generate_texts(
 
     Answers end where the tokenizer's targets end, unless the settings name another token. Prompts of similar length
     share a batch; the results are in the order of `prompts`.
+
+    Raises:
+        ConfigError: the tokenizer has tokens that the language model does not know.
     """
+    check_vocabulary(model.language_model, tokenizer.vocab_size)
     ending = settings if settings.end_id is not None else replace(settings, end_id=tokenizer.end_id)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     texts = [""] * len(prompts)

@@ -13,7 +13,10 @@ import torch
 
 from blip2train import distributed
 from blip2train.batch import Stage2Batch
+from blip2train.data.collate import Stage2Collator
+from blip2train.data.datamodule import BlipDataModule
 from blip2train.model.blip2_stage2 import Blip2Stage2
+from blip2train.model.language_model.base import check_vocabulary
 from blip2train.objective.language_modeling import LanguageModelingObjective
 from blip2train.stage.common import StepOutput, WeightLoader, build_seeded, prefixed, seed_batch, strip_weights
 
@@ -48,6 +51,12 @@ class Stage2Module(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = build_seeded(self._build_model, self.seed, self._load_weights)  # type: ignore[assignment]
+
+    def on_fit_start(self) -> None:
+        datamodule: object = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(datamodule, BlipDataModule) and isinstance(datamodule.collator, Stage2Collator):
+            assert self.model is not None
+            check_vocabulary(self.model.language_model, datamodule.collator.tokenizer.vocab_size)
 
     def training_step(self, batch: Stage2Batch, batch_idx: int) -> StepOutput:
         assert self.model is not None

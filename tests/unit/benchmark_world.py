@@ -122,6 +122,7 @@ class ColorNamer:
 
     def __init__(self) -> None:
         self.tokenizer = make_language_tokenizer()
+        self.vocab_size = self.tokenizer.vocab_size
 
     def generate(self, visual_prompt: Tensor | None, prompt_ids: Tensor, prompt_mask: Tensor, settings: Any) -> Tensor:
         rows = []

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from blip2train.batch import Stage2Batch
+from blip2train.errors import ConfigError
 
 
 @dataclass(slots=True)
@@ -80,3 +81,19 @@ class LanguageModel(Protocol):
     ) -> Tensor:
         """Continue visual prompt (B, Q, L) and prompt (B, Tp); returns only new ids (B, T), padded at the end."""
         ...
+
+
+def check_vocabulary(language_model: LanguageModel, num_tokens: int) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for; a GPU would stop without saying why.
+
+    More embeddings than tokens are usual: OPT and T5 pad theirs to round numbers.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the model has embeddings.
+    """
+    if num_tokens > language_model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {num_tokens} tokens, the language model {language_model.vocab_size} embeddings",
+            where="llm.tokenizer.path, llm.path",
+            fix="give both the same model",
+        )
