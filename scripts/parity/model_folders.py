@@ -1,4 +1,4 @@
-"""Folders in place of hub models: LAVIS names `bert-base-uncased` and an LLM, and transformers looks for a folder first.
+"""Folders in place of hub models: LAVIS names `bert-base-uncased` and an LLM; transformers looks for a folder first.
 
 Runs in the environment of `lavis_environment.sh`. Vocabularies are small and made up; the tokenizer classes are the
 real ones, so padding, truncation, [CLS] and end tokens are whatever LAVIS does with them.
