@@ -54,7 +54,7 @@ def generate_texts(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # as the training collator opens a prompt; adapters place padding themselves
-        ids_BT, mask_BT = tokenizer.encode([prompts[row] for row in rows], max_tokens, side="left", add_start=True)
+        ids_BT, mask_BT = tokenizer.encode_prompt([prompts[row] for row in rows], max_tokens, side="left")
         visual_BQL = None if visual_prompt is None else visual_prompt[torch.tensor(rows, device=visual_prompt.device)]
         generated_BT = model.language_model.generate(visual_BQL, ids_BT.to(device), mask_BT.to(device), ending)
         for row, text in zip(rows, tokenizer.decode(generated_BT.cpu()), strict=True):

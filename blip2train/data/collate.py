@@ -76,8 +76,8 @@ class Stage2Collator:
         # a target that goes on after a word is spelled as inside a sentence
         separator = self.tokenizer.word_separator
         targets = [f"{separator}{text}" if prompt else text for prompt, text in zip(prompts, texts, strict=True)]
-        # the start token opens what a decoder-only model reads; encoder-decoder tokenizers have none
-        prompt_ids, prompt_mask = self.tokenizer.encode(prompts, self.max_tokens, side="right", add_start=True)
+        # the start token opens what a decoder-only model reads; T5 has none, but closes it by its end token
+        prompt_ids, prompt_mask = self.tokenizer.encode_prompt(prompts, self.max_tokens, side="right")
         target_ids, target_mask = self.tokenizer.encode(targets, self.max_tokens, side="right", add_end=True)
         return Stage2Batch(
             pixel_values=_stack(samples),

@@ -45,6 +45,11 @@ class QFormerTokenizer:
         words: list[str] = self._tokenizer.convert_ids_to_tokens(list(range(self.vocab_size)))
         return words
 
+    @property
+    def transformers_tokenizer(self) -> Any:
+        """The tokenizer itself, [DEC] included, for an export to transformers."""
+        return self._tokenizer
+
     @classmethod
     def load(cls, path: str | Path, vocab_size: int | None = None, dec_id: int | None = None) -> Self:
         """Load a saved tokenizer, a folder with only `vocab.txt`, or a model hub name.
@@ -98,14 +103,24 @@ class LanguageModelTokenizer:
         tokenizer: a transformers tokenizer.
         end_token: what ends a target; the tokenizer's eos when omitted. LAVIS ends OPT captions with a line break.
         start_token: False never prepends the tokenizer's bos, for models that were trained without one (Pythia).
+        open_prompt: False leaves the start token out of a prompt with words in it; an empty prompt keeps it.
+        close_prompt: end a prompt by the tokenizer's eos. T5's own tokenizer does, and so do LAVIS and transformers.
     """
 
-    def __init__(self, tokenizer: Any, end_token: str | None = None, start_token: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_token: str | None = None,
+        start_token: bool = True,
+        open_prompt: bool = True,
+        close_prompt: bool = False,
+    ) -> None:
         _require(tokenizer, ("eos_token",))
         self._tokenizer = tokenizer
         self._stop_id: int = tokenizer.eos_token_id
         self.end_id: int = self._stop_id if end_token is None else _single_id(tokenizer, end_token)
         self.start_id: int | None = tokenizer.bos_token_id if start_token else None
+        self._open_prompt, self._close_prompt = open_prompt, close_prompt
         self.pad_id: int = self._stop_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.vocab_size: int = len(tokenizer)
         spelled = tokenizer(tokenizer.eos_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -113,13 +128,42 @@ class LanguageModelTokenizer:
         self.word_separator: str = _word_separator(tokenizer)
 
     @classmethod
-    def load(cls, path: str | Path, end_token: str | None = None, start_token: bool = True) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        end_token: str | None = None,
+        start_token: bool = True,
+        open_prompt: bool = True,
+        close_prompt: bool = False,
+    ) -> Self:
         """Load a saved tokenizer or a model hub name.
 
         Raises:
             ConfigError: nothing loadable there, or `end_token` is not exactly one token.
         """
-        return cls(_load(path), end_token, start_token)
+        return cls(_load(path), end_token, start_token, open_prompt, close_prompt)
+
+    @property
+    def transformers_tokenizer(self) -> Any:
+        """The tokenizer itself, for an export to transformers."""
+        return self._tokenizer
+
+    def encode_prompt(
+        self, prompts: Sequence[str], max_length: int, side: Literal["left", "right"] = "right"
+    ) -> tuple[Tensor, Tensor]:
+        """Encode B prompts as the model reads them, opened and closed by its tokens: ids and mask (B, T).
+
+        Args:
+            prompts: B strings; a long one loses its last words.
+            max_length: in tokens, opening and closing ones included.
+            side: where the padding goes.
+        """
+        start = [] if self.start_id is None else [self.start_id]
+        end = [self._stop_id] if self._close_prompt else []
+        room = max_length - len(start) - len(end)
+        bodies = _bodies(self._tokenizer, prompts, room, split_special_tokens=self._spell_control_tokens)
+        rows = [[*(start if self._open_prompt or not body else []), *body, *end] for body in bodies]
+        return _pad(rows, self.pad_id, side)
 
     def encode(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from blip2train.data.tokenizer import LanguageModelTokenizer, QFormerTokenizer
 from blip2train.errors import ConfigError
@@ -150,3 +151,24 @@ def test_a_missing_tokenizer_names_the_place(tmp_path: Path) -> None:
 def test_a_tokenizer_without_cls_is_refused_with_what_it_has(opt_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"without cls_token, sep_token .*eos_token"):
         QFormerTokenizer.load(opt_folder)
+
+
+def test_a_prompt_is_opened_and_closed_as_the_model_reads_it(shared_data: Path) -> None:
+    """T5's own tokenizer ends every input with </s>, as LAVIS and transformers feed it; the yaml of Flan-T5 does too."""
+    theirs = AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "t5"))
+    ours = LanguageModelTokenizer(theirs, close_prompt=True)
+    texts = ["a dog on a beach", "", "question: what is this? answer:"]
+    ids, mask = ours.encode_prompt(texts, 32)
+    assert [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)] == theirs(texts)["input_ids"]
+    assert ours.encode_prompt(["a dog on a beach"], 3)[0].tolist()[0][-1] == theirs.eos_token_id
+
+
+def test_an_empty_prompt_is_opened_even_where_others_are_not(shared_data: Path) -> None:
+    bare = PreTrainedTokenizerFast(
+        tokenizer_file=str(shared_data / "tokenizers" / "t5" / "tokenizer.json"), bos_token="<pad>", eos_token="</s>"
+    )
+    bare.backend_tokenizer.post_processor = None
+    ids, mask = LanguageModelTokenizer(bare, open_prompt=False).encode_prompt(["", "dog"], 8, side="left")
+    assert ids[0][mask[0]].tolist() == [bare.bos_token_id]
+    assert ids[1][mask[1]].tolist() == bare("dog")["input_ids"]
+    assert LanguageModelTokenizer(bare).encode_prompt(["dog"], 8)[0][0, 0] == bare.bos_token_id
