@@ -2,6 +2,7 @@
 
 config.yaml                          the resolved config
 manifest.json                        versions, git commit, seed, shard hash, exact command
+init.json                            where the first value of every trained tensor came from
 metrics.jsonl                        one object per logged step: "step", "train/loss", ...
 checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
 eval/<benchmark>/metrics.json        name -> number
@@ -49,6 +50,10 @@ class RunDir:
     @property
     def manifest_path(self) -> Path:
         return self.path / "manifest.json"
+
+    @property
+    def init_path(self) -> Path:
+        return self.path / "init.json"
 
     @property
     def metrics_path(self) -> Path:

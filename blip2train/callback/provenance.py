@@ -1,4 +1,7 @@
-"""Where a run came from: versions, git commit, seed, shard hashes and the exact command, as manifest.json."""
+"""Where a run came from: versions, git commit, seed, shard hashes and the exact command, as manifest.json.
+
+Written once the model stands and its weights are loaded: a start that fails leaves no folder that looks like a run.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytorch_lightning as pl
 
 PACKAGES = (
     "torch",
@@ -23,6 +28,17 @@ PACKAGES = (
     "hydra-core",
     "deepspeed",
 )
+
+
+class ProvenanceCallback(pl.Callback):
+    """Calls `write` once, on the main process, before the first step and after everything that can refuse the start."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._write()
 
 
 def describe_run(*, seed: int, command: Sequence[str], shards: Sequence[str]) -> dict[str, Any]:

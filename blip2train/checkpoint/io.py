@@ -10,7 +10,6 @@ import errno
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from blip2train.errors import CheckpointError
 from blip2train.model.freezing import trainable_state_dict
+from blip2train.model.init_report import InitReport, Origin
 from blip2train.run_dir import RunDir, free_bytes, read_json, write_json
 
 FORMAT_VERSION = 1
@@ -41,30 +41,8 @@ STAGE1_ONLY = (
 STAGE2_ONLY = ("projection.*", "language_model.*.lora_*")
 """What stage 2 starts anew: the projection into the language model, and that model's adapter if it has one."""
 
-
-@dataclass(frozen=True, slots=True)
-class KeyReport:
-    """What happened to every key of a load: names are the model's own parameter names."""
-
-    source: str
-    loaded: tuple[str, ...]
-    dropped: tuple[str, ...]
-    fresh: tuple[str, ...]
-
-    def summary(self) -> str:
-        """One line per fate, with counts and the parts they belong to."""
-        rows = (("loaded", self.loaded), ("left behind", self.dropped), ("fresh", self.fresh))
-        lines = [f"weights from {self.source}"]
-        lines += [f"  {fate:<12}{len(keys):>5} tensors  {_parts(keys)}" for fate, keys in rows]
-        return "\n".join(lines)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "loaded": len(self.loaded),
-            "dropped": list(self.dropped),
-            "fresh": list(self.fresh),
-        }
+OWN_WEIGHTS = ("vision_encoder.*",)
+"""What a new run may train that the run before it left frozen: it starts from its own pretrained weights."""
 
 
 def save_checkpoint(module: nn.Module, folder: Path, metadata: Mapping[str, Any]) -> Path:
@@ -142,14 +120,18 @@ def find_checkpoint(run: RunDir, which: str = "last") -> Path:
 
 def load_weights(
     module: nn.Module, weights: Path, *, leave: Sequence[str] = (), fresh: Sequence[str] = ()
-) -> KeyReport:
-    """Copy a weights file into the trainable parameters of `module`, strictly.
+) -> InitReport:
+    """Copy a weights file into the parameters of `module`, strictly; nothing is written if anything does not fit.
 
     Args:
-        module: receives the weights; its frozen parameters are never touched.
+        module: receives the weights. A frozen parameter is written only if the file holds it: a vision encoder that
+            was trained in stage 1 and is frozen now.
         weights: safetensors file written by `save_checkpoint`.
         leave: patterns of keys in the file that may find no place in the module.
         fresh: patterns of trainable parameters that the file may lack.
+
+    Returns:
+        Origin "checkpoint" for what was loaded, "random" for what the file lacks.
 
     Raises:
         CheckpointError: a key is unexpected, missing or of another shape; lists all of them.
@@ -159,29 +141,30 @@ def load_weights(
             "no such weights file", where=str(weights), fix="give a run folder that holds a checkpoint"
         )
     state = read_weights(weights)
-    wanted = trainable_state_dict(module)
-    dropped = [name for name in state if name not in wanted]
-    missing = [name for name in wanted if name not in state]
+    own = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    dropped = sorted(name for name in state if name not in own)
+    missing = [name for name in trainable_state_dict(module) if name not in state]
+    loaded = [name for name in own if name in state]
     problems = [f"unexpected in the file: {name}" for name in dropped if not matches(name, leave)]
     problems += [f"missing from the file: {name}" for name in missing if not matches(name, fresh)]
-    loaded = [name for name in wanted if name in state]
     problems += [
-        f"{name}: the file has {tuple(state[name].shape)}, the model {tuple(wanted[name].shape)}"
+        f"{name}: the file has {tuple(state[name].shape)}, the model {tuple(own[name].shape)}"
         for name in loaded
-        if state[name].shape != wanted[name].shape
+        if state[name].shape != own[name].shape
     ]
     if problems:
         shown = "\n    ".join(problems[:12])
         more = f"\n    ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(
-            f"{len(problems)} of {len(set(state) | set(wanted))} tensors do not fit:\n    {shown}{more}",
+            f"{len(problems)} of {len({*state, *loaded, *missing})} tensors do not fit:\n    {shown}{more}",
             where=str(weights),
             fix="build the model with the settings of the run that wrote the file (its config.yaml lies above it)",
         )
     with torch.no_grad():
         for name in loaded:
-            wanted[name].copy_(state[name])
-    return KeyReport(str(weights), tuple(loaded), tuple(sorted(dropped)), tuple(sorted(missing)))
+            own[name].copy_(state[name])
+    origins: dict[str, Origin] = {name: "checkpoint" if name in state else "random" for name in [*loaded, *missing]}
+    return InitReport(origins, {"checkpoint": str(weights)}, dict.fromkeys(dropped, "no place in this stage"))
 
 
 def read_weights(weights: Path) -> dict[str, Tensor]:
@@ -209,10 +192,3 @@ def read_weights(weights: Path) -> dict[str, Tensor]:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a parameter name fits one of the shell-style patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _parts(names: Sequence[str]) -> str:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + 1
-    return ", ".join(f"{part} {count}" for part, count in sorted(counts.items())) or "-"

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from blip2train.cli.check_model import check_first_weights, check_precision
 from blip2train.errors import ConfigError
 from blip2train.optim.schedule import check_schedule
 from blip2train.run_dir import RunDir
@@ -50,7 +51,8 @@ def check_train(config: DictConfig) -> None:
             fix="choose an experiment=, or stage=stage1 model=blip2_stage1 data=stage1 data/tokenizer=... optim=...",
         )
     _check_stage_and_model(config)
-    _check_init_from(config)
+    check_first_weights(config, stage_number(config))
+    check_precision(config)
     _check_global_batch(config)
     _check_optim(config)
     if config.resume not in ("auto", "never"):
@@ -71,17 +73,6 @@ def _check_stage_and_model(config: DictConfig) -> None:
             where=f"stage._target_={config.stage._target_}, model._target_={config.model._target_}",
             fix=f"use model=blip2_stage{stage}, or stage=stage{model}",
         )
-
-
-def _check_init_from(config: DictConfig) -> None:
-    if stage_number(config) == 2 and config.init_from is None:
-        raise ConfigError(
-            "stage 2 has no stage-1 weights to start from",
-            where="init_from",
-            fix="set init_from=<stage-1 run folder>, or init_from=scratch to skip stage 1 on purpose (an ablation)",
-        )
-    if config.init_from not in (None, "scratch"):
-        RunDir.open(config.init_from, where="init_from=")
 
 
 def contrastive_batch(config: DictConfig) -> int | None:

@@ -88,10 +88,11 @@ def _moved(url: str, old_root: str, new_root: str) -> str:
 
 
 def load_run_config(run: RunDir) -> DictConfig:
-    """The config a run was trained with."""
+    """The config a run was trained with; its `run_dir` is the folder it was read from, as a run folder may move."""
     register_resolvers()
     config = OmegaConf.load(run.config_path)
     assert isinstance(config, DictConfig)
+    config.run_dir = str(run.path)  # parts of a converted model are named below it
     return config
 
 
@@ -102,7 +103,7 @@ def load_model(config: DictConfig, run: RunDir, checkpoint: str = "last") -> nn.
     weights = find_checkpoint(run, checkpoint) / WEIGHTS
     model: nn.Module = build(config.model)
     report = load_weights(model, weights)
-    log.info("loaded %d trained tensors from %s", len(report.loaded), weights.parent)
+    log.info("loaded %d trained tensors from %s", len(report.names("checkpoint")), weights.parent)
     return model.eval()
 
 

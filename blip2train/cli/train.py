@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
-from blip2train.errors import ConfigError
+from blip2train.errors import Blip2TrainError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-    from torch import nn
 
     from blip2train.callback.interrupt import InterruptCallback
+    from blip2train.cli.initial_weights import InitialWeights
     from blip2train.stage.common import WeightLoader
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,10 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
 
     import pytorch_lightning as pl
     import torch
-    from pytorch_lightning.utilities import rank_zero_only
 
     from blip2train.callback.interrupt import InterruptCallback
     from blip2train.checkpoint.io import TRAINER_STATE
+    from blip2train.cli.initial_weights import InitialWeights
 
     quiet_libraries()  # after Lightning's import, which sets its own log level
     if config.num_threads:
@@ -74,20 +74,25 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     checkpoint = _checkpoint_to_resume(config, run)
     pl.seed_everything(config.seed, verbose=False)
     datamodule = build(config.data)
-    load, notes = _weight_loader(config, checkpoint)
-    module = build_module(config, load)
-    if checkpoint is None:
-        # ranks by the launcher's environment: before there is a process group each would take itself for the main one
-        rank_zero_only(_write_provenance)(config, run, datamodule.collator.tokenizer.vocab_size)
+    tokenizer = datamodule.collator.tokenizer
+    weights = InitialWeights(config, checkpoint, tokenizer.words if check.stage_number(config) == 1 else ())
+    module = build_module(config, weights)
+    start = None if checkpoint else _Start(config, run, weights, tokenizer.vocab_size)
     interrupt = InterruptCallback(config.log_every_steps)
-    trainer = _build_trainer(config, run, interrupt, resume_step=_step_of(checkpoint))
+    trainer = _build_trainer(config, run, interrupt, start=start, step=_step_of(checkpoint))
     started = time.perf_counter()
-    trainer.fit(
-        module,
-        datamodule=datamodule,
-        ckpt_path=str(checkpoint / TRAINER_STATE) if checkpoint else None,
-        weights_only=True,
-    )
+    try:
+        trainer.fit(
+            module,
+            datamodule=datamodule,
+            ckpt_path=str(checkpoint / TRAINER_STATE) if checkpoint else None,
+            weights_only=True,
+        )
+    except Blip2TrainError:
+        if start is not None and trainer.is_global_zero and trainer.global_step == 0:
+            start.withdraw()
+        raise
+    notes: dict[str, Any] = {}
     if trainer.is_global_zero and trainer.global_step > _step_of(checkpoint):  # a finished run keeps its notes
         notes["data"] = datamodule.counters()
         notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
@@ -105,31 +110,6 @@ def build_module(config: DictConfig, load: WeightLoader | None) -> pl.LightningM
         load_weights=load,
     )
     return module
-
-
-def _weight_loader(config: DictConfig, checkpoint: Path | None) -> tuple[WeightLoader | None, dict[str, Any]]:
-    """How a fresh model gets its weights, and a place where the loader notes what it did."""
-    from blip2train.checkpoint.io import STAGE1_ONLY, STAGE2_ONLY, WEIGHTS, find_checkpoint, load_weights
-
-    notes: dict[str, Any] = {}
-    leave: tuple[str, ...] = ()
-    fresh: tuple[str, ...] = ()
-    if checkpoint is not None:
-        weights = checkpoint / WEIGHTS
-    elif config.init_from in (None, "scratch"):
-        return None, notes
-    else:
-        weights = find_checkpoint(RunDir.open(config.init_from, where="init_from=")) / WEIGHTS
-        if check.stage_number(config) == 2:
-            leave, fresh = STAGE1_ONLY, STAGE2_ONLY
-
-    def load(model: nn.Module) -> None:
-        report = load_weights(model, weights, leave=leave, fresh=fresh)
-        log.info(report.summary())
-        if checkpoint is None:  # a resumed run keeps the note of where it once began
-            notes["init"] = report.as_json()
-
-    return load, notes
 
 
 def _checkpoint_to_resume(config: DictConfig, run: RunDir) -> Path | None:
@@ -160,11 +140,14 @@ def _step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
-def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback, *, resume_step: int) -> pl.Trainer:
+def _build_trainer(
+    config: DictConfig, run: RunDir, interrupt: InterruptCallback, *, start: _Start | None, step: int
+) -> pl.Trainer:
     from blip2train.callback.checkpoint import CheckpointCallback
     from blip2train.callback.jsonl_logger import JsonlLogger
     from blip2train.callback.metrics import MetricsCallback
     from blip2train.callback.progress import ProgressCallback
+    from blip2train.callback.provenance import ProvenanceCallback
 
     stage = check.stage_number(config)
     callbacks = [
@@ -174,7 +157,9 @@ def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback
         *build(config.get("callback") or {}).values(),
         CheckpointCallback(run, metadata={"stage": stage, "name": config.name}, **config.checkpoint),
     ]
-    loggers = [JsonlLogger(run, resume_step=resume_step)]
+    if start is not None:  # a resumed run keeps the record of how it once began
+        callbacks.append(ProvenanceCallback(start.write))  # last: whatever refuses the start comes before it
+    loggers = [JsonlLogger(run, resume_step=step)]
     loggers += [build(logger) for logger in (config.get("logger") or {}).values()]
     trainer: pl.Trainer = build(
         config.trainer,
@@ -191,16 +176,36 @@ def _build_trainer(config: DictConfig, run: RunDir, interrupt: InterruptCallback
     return trainer
 
 
-def _write_provenance(config: DictConfig, run: RunDir, vocab_size: int) -> None:
-    from blip2train.callback.provenance import describe_run
-    from blip2train.data.shards import expand_urls
+class _Start:
+    """The record of a new run: gathered before anything is built, written once the model stands.
 
-    shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
-    _check_backbones(config, shards)
-    run.path.mkdir(parents=True, exist_ok=True)
-    run.config_path.write_text(resolved_yaml(config), encoding="utf-8")
-    facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
-    write_json(run.manifest_path, facts | {"chance_levels": _chance_levels(config, vocab_size)})
+    Raises:
+        DataError, ConfigError: shards that do not exist, or that the shipped backbones do not know.
+    """
+
+    def __init__(self, config: DictConfig, run: RunDir, weights: InitialWeights, vocab_size: int) -> None:
+        from blip2train.callback.provenance import describe_run
+        from blip2train.data.shards import expand_urls
+
+        shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
+        _check_backbones(config, shards)
+        self._run, self._weights = run, weights
+        self._config_text = resolved_yaml(config)
+        self._facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
+        self._facts |= {"chance_levels": _chance_levels(config, vocab_size)}
+
+    def write(self) -> None:
+        """Make the folder a run: config.yaml, manifest.json, init.json."""
+        init = self._weights.as_json()
+        self._run.path.mkdir(parents=True, exist_ok=True)
+        self._run.config_path.write_text(self._config_text, encoding="utf-8")
+        write_json(self._run.manifest_path, self._facts | {"init": {key: init[key] for key in ("sources", "counts")}})
+        write_json(self._run.init_path, init)
+
+    def withdraw(self) -> None:
+        """A run that never made a step is no run: nothing is to evaluate it or to start from it."""
+        for path in (self._run.config_path, self._run.manifest_path, self._run.init_path):
+            path.unlink(missing_ok=True)
 
 
 def _check_backbones(config: DictConfig, shards: list[str]) -> None:

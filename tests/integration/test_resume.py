@@ -44,7 +44,7 @@ def test_stage2_resume_is_bit_equal(laboratory, stage1_run: RunDir, tmp_path: Pa
     resumed = cut(whole, "step-0000002", tmp_path / "resumed")
     laboratory.train("microworld_stage2_t5", resumed.path, *settings)
     assert weights(resumed) == weights(whole)
-    assert str(stage1_run.path) in read_json(resumed.manifest_path)["init"]["source"]
+    assert str(stage1_run.path) in read_json(resumed.manifest_path)["init"]["sources"]["checkpoint"]
     used = read_json(resumed.manifest_path)["data"]
     laboratory.train("microworld_stage2_t5", resumed.path, *settings)
     assert read_json(resumed.manifest_path)["data"] == used, "asked again, a finished run forgets nothing"

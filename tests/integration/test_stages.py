@@ -61,9 +61,11 @@ def test_checkpoint_is_trainable_weights_only(stage: int, stage1_run: RunDir, st
 
 
 def test_stage2_starts_from_stage1_and_reports_every_tensor(stage2_run: RunDir) -> None:
-    report = read_json(stage2_run.manifest_path)["init"]
-    assert report["loaded"] > 50
-    assert report["fresh"] == ["projection.bias", "projection.weight"]
+    report = read_json(stage2_run.init_path)
+    assert report["counts"] == read_json(stage2_run.manifest_path)["init"]["counts"]
+    assert report["counts"]["checkpoint"] > 50
+    random = [name for name, origin in report["origins"].items() if origin == "random"]
+    assert random == ["projection.bias", "projection.weight"]
     assert "itm_head.weight" in report["dropped"] and "temperature" in report["dropped"]
 
 
@@ -106,10 +108,15 @@ def test_bfloat16_autocast_trains(laboratory, stage1_run: RunDir, tmp_path: Path
 
 
 def test_wrong_weights_for_stage2_are_refused(laboratory, stage1_run: RunDir, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="tensors do not fit"):
-        laboratory.train(
-            "microworld_stage2_opt", tmp_path, f"init_from={stage1_run.path}", "model.qformer.num_queries=4"
-        )
+    """By its sizes before anything is built; by its tensors where the sizes do not show it. Neither leaves a run."""
+    start, folder = f"init_from={stage1_run.path}", tmp_path / "run"
+    with pytest.raises(ConfigError, match="another one: num_queries 8 there, 4 here"):
+        laboratory.train("microworld_stage2_opt", folder, start, "model.qformer.num_queries=4")
+    assert not folder.exists()
+    with pytest.raises(CheckpointError, match="2 of .* tensors do not fit") as caught:
+        laboratory.train("microworld_stage2_opt", folder, start, "model.ln_vision=false")
+    assert "unexpected in the file: ln_vision.weight" in str(caught.value) and len(str(caught.value).splitlines()) < 8
+    assert not RunDir(folder).config_path.exists() and not RunDir(folder).manifest_path.exists()
 
 
 def test_unknown_tokenizer_size_is_refused_before_training(laboratory, tmp_path: Path) -> None:

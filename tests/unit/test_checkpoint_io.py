@@ -40,7 +40,7 @@ def test_round_trip_is_bit_equal_and_leaves_frozen_parts_alone(tmp_path: Path) -
     assert torch.equal(target.projection.weight, source.projection.weight)
     assert torch.equal(target.temperature, source.temperature)
     assert torch.equal(target.frozen.weight, frozen_before)
-    assert len(report.loaded) == 3 and not report.dropped and not report.fresh
+    assert report.counts() == {"checkpoint": 3} and not report.dropped
 
 
 def test_unexpected_missing_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
@@ -72,10 +72,31 @@ def test_stage_change_is_allowed_only_where_it_is_named(tmp_path: Path) -> None:
     target.temperature = nn.Parameter(torch.tensor(1.0))
     target.fresh = nn.Linear(2, 2)
     report = load_weights(target, weights, leave=("projection.*",), fresh=("fresh.*",))
-    assert report.loaded == ("temperature",)
-    assert report.dropped == ("projection.bias", "projection.weight")
-    assert report.fresh == ("fresh.bias", "fresh.weight")
-    assert "left behind" in report.summary()
+    assert report.names("checkpoint") == ["temperature"]
+    assert list(report.dropped) == ["projection.bias", "projection.weight"]
+    assert report.names("random") == ["fresh.bias", "fresh.weight"]
+    assert "left behind: 2" in report.summary() and str(weights) in report.summary()
+
+
+def test_what_was_trained_and_is_frozen_now_is_loaded_too(tmp_path: Path) -> None:
+    """A vision encoder trained in stage 1, in half precision and frozen in stage 2, is the trained one."""
+    source, target = Bridge(), Bridge()
+    source.frozen.requires_grad_(True)
+    target.frozen.half()
+    report = load_weights(target, save_checkpoint(source, tmp_path, {}))
+    assert torch.equal(target.frozen.weight, source.frozen.weight.half())
+    assert report.origins["frozen.weight"] == "checkpoint" and not target.frozen.weight.requires_grad
+
+
+def test_what_starts_training_now_keeps_its_own_weights_where_that_is_named(tmp_path: Path) -> None:
+    source, target = Bridge(), Bridge()
+    target.frozen.requires_grad_(True)
+    weights = save_checkpoint(source, tmp_path, {})
+    before = target.frozen.weight.detach().clone()
+    with pytest.raises(CheckpointError, match="missing from the file: frozen.weight"):
+        load_weights(target, weights)
+    report = load_weights(target, weights, fresh=("frozen.*",))
+    assert torch.equal(target.frozen.weight, before) and report.origins["frozen.weight"] == "random"
 
 
 def test_truncated_file_is_a_checkpoint_error(tmp_path: Path) -> None:
