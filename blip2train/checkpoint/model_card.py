@@ -1,4 +1,4 @@
-"""Facts of an exported model -> README.md beside its weights: what it is, where it came from, what it must not be used for.
+"""Facts of an exported model -> README.md beside its weights: what it is, where from, what it must not be used for.
 
 Names the limitations and risks that section 6 of the paper states; the numbers are those of the conversion.
 LAVIS releases its weights without a card.
@@ -25,7 +25,7 @@ processor = AutoProcessor.from_pretrained("DIRECTORY")""",
     ): """model.load_checkpoint("DIRECTORY/model.pth")  # a LAVIS model of the class `blip2_opt` or `blip2_t5`""",
 }
 USES = {
-    1: "Scoring how well an image and a text fit each other, retrieval in both directions, and as the start of stage 2.",
+    1: "Scoring how well an image and a text fit each other, retrieval both ways, and as the start of stage 2.",
     2: "Describing images and answering questions about them, with the language model named below.",
 }
 

@@ -10,16 +10,20 @@ import dataclasses
 import importlib
 import logging
 import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from blip2train.cli.config import quiet_libraries, run_verb
+from blip2train.cli.config import quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.errors import ConfigError
 from blip2train.run_dir import write_json
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from blip2train.checkpoint.converted import ConversionReport
 
 log = logging.getLogger(__name__)
@@ -106,6 +110,49 @@ def load_direction(name: str) -> Direction:
     """The function behind a row of DIRECTIONS, imported when it is needed."""
     module, function = name.rsplit(".", 1)
     return cast(Direction, getattr(importlib.import_module(f"blip2train.cli.{module}"), function))
+
+
+def model_config(config: DictConfig) -> DictConfig:
+    """The training config within convert.yaml's: what describes the model, complete, without the conversion's own keys.
+
+    Raises:
+        ConfigError: it describes no model, or leaves values open.
+    """
+    described = OmegaConf.masked_copy(config, [str(key) for key in config if key not in OWN_KEYS])
+    described.init_from = None  # the weights come from the source
+    if not described.get("model", None) or not described.get("stage", None):
+        raise ConfigError(
+            "the source does not say which model it is",
+            where="experiment=",
+            fix="describe it as for `train`, e.g. experiment=paper/stage1_vitg, with overrides where it differs",
+        )
+    require_filled(described)
+    return described
+
+
+def write_run_config(
+    folder: Path, config: DictConfig, changes: Mapping[str, Any], model: nn.Module, *, facts: Mapping[str, Any]
+) -> None:
+    """Write config.yaml and manifest.json of a converted run.
+
+    Args:
+        folder: the run folder to be.
+        config: a training config.
+        changes: by key, e.g. the path of a part as "${run_dir}/parts/...", which holds wherever the folder moves.
+        model: as described by `config`; its parameters are counted.
+        facts: where the weights came from, for the manifest.
+    """
+    from blip2train.callback.provenance import describe_run
+    from blip2train.model.freezing import count_parameters
+
+    whole = OmegaConf.create(resolved_yaml(config))
+    for key, value in {"run_dir": ".", **changes}.items():
+        OmegaConf.update(whole, key, value)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(whole), encoding="utf-8")
+    trainable, frozen = count_parameters(model)
+    counts = {"trainable_parameters": trainable, "frozen_parameters": frozen, "steps": facts.get("steps", 0)}
+    origin = describe_run(seed=config.seed, command=sys.argv, shards=[])
+    write_json(folder / "manifest.json", origin | counts | {"converted": dict(facts)})
 
 
 def _run_steps(config: DictConfig, steps: list[str], source: Path, folder: Path) -> ConversionReport:
