@@ -83,12 +83,6 @@ def check_backbone(spec: BackboneSpec, align_corners: bool) -> None:
         ConfigError: not a ViT, a size or a layer it cannot do, another width than stated, contradicting arguments.
     """
     _check_name(spec.name)
-    if "radio" in spec.name:
-        raise ConfigError(
-            f"{spec.name}: RADIO crops its position table to the image, which this encoder does not do",
-            where=f"{WHERE}.name",
-            fix="name another ViT",
-        )
     given = spec.model_args.get("img_size", spec.size)
     if given != spec.size:
         raise ConfigError(

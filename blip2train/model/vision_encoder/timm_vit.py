@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blip2train.batch import ImageSpec
 from blip2train.errors import ConfigError
-from blip2train.model.precision import to_dtype
+from blip2train.model.precision import check_dtype, to_dtype
 from blip2train.model.vision_encoder.backbone import WHERE, BackboneSpec, build_backbone, check_backbone, image_spec
 from blip2train.model.vision_encoder.weights import load_hub_weights, load_weights, read_weights
 
@@ -71,8 +71,8 @@ class TimmVisionEncoder(nn.Module):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        weight_dtype = to_dtype(dtype, where=f"{WHERE}.dtype")
-        _check_training(trainable_blocks, weight_dtype)
+        _check_trainable_blocks(trainable_blocks)
+        check_dtype("vision_encoder", dtype, trainable=trainable_blocks != 0, where=f"{WHERE}.dtype")
         if pretrained and weights is not None:
             raise ConfigError("both pretrained=true and weights are set", where=WHERE, fix="keep one of them")
         spec = BackboneSpec(name, image.size, layer, final_norm, dict(model_args or {}), embed_dim)
@@ -86,7 +86,7 @@ class TimmVisionEncoder(nn.Module):
         else:
             logger.warning("vision encoder %s has random weights (neither `pretrained` nor `weights` is set)", name)
         self.image = image
-        self.backbone = backbone.to(weight_dtype)
+        self.backbone = backbone.to(to_dtype(dtype, where=f"{WHERE}.dtype"))
         self.embed_dim: int = backbone.embed_dim
         self.num_tokens: int = backbone.patch_embed.num_patches + backbone.num_prefix_tokens
         self.trainable_blocks = trainable_blocks
@@ -162,17 +162,11 @@ class TimmVisionEncoder(nn.Module):
         return [*self.backbone.blocks[first:], self.backbone.norm] if self.trainable else []
 
 
-def _check_training(trainable_blocks: int | str, dtype: torch.dtype) -> None:
-    where = f"{WHERE}.trainable_blocks"
-    known = trainable_blocks == "all" or (isinstance(trainable_blocks, int) and trainable_blocks >= 0)
-    if not known or isinstance(trainable_blocks, bool):
+def _check_trainable_blocks(trainable_blocks: int | str) -> None:
+    counts = isinstance(trainable_blocks, int) and not isinstance(trainable_blocks, bool) and trainable_blocks >= 0
+    if trainable_blocks != "all" and not counts:
         raise ConfigError(
-            f"trainable_blocks is {trainable_blocks!r}", where=where, fix='0 (frozen), a number of blocks, or "all"'
-        )
-    if trainable_blocks != 0 and dtype != torch.float32:
-        raise ConfigError(
-            f"trainable_blocks is {trainable_blocks!r} with weights in {str(dtype).removeprefix('torch.')}: "
-            "an update smaller than the format's step would be rounded away",
-            where=f"{where}, {WHERE}.dtype",
-            fix="set model.vision_encoder.dtype=float32; autocast still computes in half precision",
+            f"trainable_blocks is {trainable_blocks!r}",
+            where=f"{WHERE}.trainable_blocks",
+            fix='0 (frozen), a number of blocks, or "all"',
         )

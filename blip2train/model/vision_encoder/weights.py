@@ -38,9 +38,18 @@ def read_weights(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own message is left out: it advises weights_only=False, which would run the code
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = f"a pickle that calls {asked[1]}" if asked else "not a pickle of tensors"
         raise CheckpointError(
-            f"not a readable weights file: {error}",
+            f"{found}; no code of it was run",
+            where=str(path),
+            fix="give a .safetensors file, or a state dict saved by torch.save(model.state_dict(), ...)",
+        ) from error
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        raise CheckpointError(
+            f"not a readable weights file, or not all of it: {error}",
             where=str(path),
             fix="give a .safetensors file or a plain state dict",
         ) from error
@@ -123,11 +132,10 @@ def _to_timm_names(backbone: Any, state: dict[str, Any], align_corners: bool, wh
     try:
         match backbone:
             case vision_transformer.VisionTransformer():
-                options: dict[str, Any] = {"antialias": False, "adapt_layer_scale": True}
-                options |= {"align_corners": True} if align_corners else {}
-                if "flexivit" in backbone.pretrained_cfg["architecture"]:
-                    options["interpolation"] = "bilinear"  # as timm resizes this family, trained for it
-                named = vision_transformer.checkpoint_filter_fn(_with_visual_prefix(state), backbone, **options)
+                named = vision_transformer.checkpoint_filter_fn(
+                    _with_visual_prefix(state), backbone, antialias=False, adapt_layer_scale=True,
+                    **_resampling(backbone, align_corners),
+                )  # fmt: skip
             case eva.Eva():
                 named = eva.checkpoint_filter_fn(state, backbone, antialias=False)
             case _:
@@ -141,6 +149,16 @@ def _to_timm_names(backbone: Any, state: dict[str, Any], align_corners: bool, wh
             fix="give the weights of model.vision_encoder.name",
         ) from error
     return {key: tensor for key, tensor in named.items() if isinstance(tensor, Tensor)}
+
+
+def _resampling(backbone: Any, align_corners: bool) -> dict[str, Any]:
+    """How the position embedding is resized: bicubic, but for two families that were trained for another way."""
+    name = backbone.pretrained_cfg["architecture"]
+    aligned = align_corners or name in ("vit_base_patch16_radio_v3", "vit_huge_patch16_radio_v3")
+    return {
+        "interpolation": "bilinear" if "flexivit" in name or "radio" in name else "bicubic",
+        "align_corners": aligned,
+    }
 
 
 def _with_visual_prefix(state: dict[str, Any]) -> dict[str, Any]:
