@@ -152,5 +152,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     ignored = ("run_dir", "resume", "data.num_workers")
-    keys = (key for key in {**before, **now} if not key.startswith(ignored))
+    # it trades memory for time and changes no value: what a run out of memory may turn on
+    memory_only = ".checkpoint_activations"
+    keys = (key for key in {**before, **now} if not key.startswith(ignored) and not key.endswith(memory_only))
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}

@@ -51,7 +51,10 @@ def test_warm_up_longer_than_the_run_is_refused() -> None:
 
 def test_resuming_with_other_settings_names_them_and_harmless_ones_pass() -> None:
     before = composed("experiment=microworld_stage1")
-    harmless = composed("experiment=microworld_stage1", "data.num_workers=0", "checkpoint.every_steps=7")
+    harmless = composed(
+        *("experiment=microworld_stage1", "data.num_workers=0", "checkpoint.every_steps=7"),
+        "model.qformer.checkpoint_activations=true",
+    )
     check.check_same_run(harmless, OmegaConf.create(OmegaConf.to_container(before, resolve=True)), RunDir(Path("x")))
     with pytest.raises(ConfigError, match=r"optim\.lr: \S+ -> 0\.5"):
         check.check_same_run(composed("experiment=microworld_stage1", "optim.lr=0.5"), before, RunDir(Path("x")))

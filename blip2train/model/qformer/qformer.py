@@ -6,11 +6,13 @@ arguments; here each use has its verb, and `joint` runs one pass under an explic
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from blip2train.errors import ConfigError
 from blip2train.model.qformer.attention import KeysValues
@@ -91,6 +93,9 @@ class QFormer(nn.Module):
         layer_norm_eps: epsilon of every LayerNorm.
         pad_id: its word embedding starts at zero.
         initializer_range: standard deviation of the initial weights.
+        checkpoint_activations: in training, keep only each block's inputs and outputs and compute the rest again in the
+            backward pass: less memory, a third more time in the Q-Former. The keys and values that text decodes on are
+            outputs and stay; LAVIS's version drops them, which breaks its generation loss.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -111,6 +116,7 @@ class QFormer(nn.Module):
         layer_norm_eps: float = 1e-12,
         pad_id: int = 0,
         initializer_range: float = 0.02,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(hidden_size, num_heads, num_queries, cross_attention_every, pad_id, vocab_size)
@@ -118,6 +124,7 @@ class QFormer(nn.Module):
         self.num_queries = num_queries
         self.image_dim = image_dim
         self.dropout = dropout
+        self.checkpoint_activations = checkpoint_activations
         self.query_tokens = nn.Parameter(torch.empty(1, num_queries, hidden_size))
         self.embedding_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.text_embeddings: TextEmbeddings | None = TextEmbeddings(vocab_size, max_positions, hidden_size, pad_id)
@@ -141,7 +148,7 @@ class QFormer(nn.Module):
         hidden_BQD = self._embed(self.query_tokens.expand(image_tokens.shape[0], -1, -1))
         keys_values = []
         for block, image_of_layer in zip(self._layers(), image, strict=True):
-            hidden_BQD, own = block(hidden_BQD, self.num_queries, image=image_of_layer)
+            hidden_BQD, own = self._run(block, hidden_BQD, self.num_queries, image=image_of_layer)
             keys_values.append(own)
         return QueryStates(hidden_BQD, keys_values, image)
 
@@ -159,7 +166,9 @@ class QFormer(nn.Module):
         hidden_BTD = self._embed(self._text()(ids))
         last = len(self.blocks) - 1
         for layer, block in enumerate(self._layers()):
-            hidden_BTD, _ = block(hidden_BTD, 0, mask[:, None, None, :], rows=rows if layer == last else None)
+            hidden_BTD, _ = self._run(
+                block, hidden_BTD, 0, mask=mask[:, None, None, :], rows=rows if layer == last else None
+            )
         return hidden_BTD
 
     def fuse(
@@ -183,11 +192,12 @@ class QFormer(nn.Module):
         visible_BS = torch.cat([mask.new_ones(len(mask), self.num_queries), mask], dim=1)
         last = len(self.blocks) - 1
         for layer, (block, image_of_layer) in enumerate(zip(self._layers(), image, strict=True)):
-            hidden_BSD, _ = block(
+            hidden_BSD, _ = self._run(
+                block,
                 hidden_BSD,
                 self.num_queries,
-                visible_BS[:, None, None, :],
-                _select(image_of_layer, image_rows),
+                mask=visible_BS[:, None, None, :],
+                image=_select(image_of_layer, image_rows),
                 rows=self.num_queries if layer == last else None,
             )
         return hidden_BSD
@@ -208,7 +218,7 @@ class QFormer(nn.Module):
         mask_BTS = multimodal_causal(self.num_queries, mask)[:, self.num_queries :]
         hidden_BTD = self._embed(self._text()(ids))
         for block, queries in zip(self._layers(), past.keys_values, strict=True):
-            hidden_BTD, _ = block(hidden_BTD, 0, mask_BTS[:, None], past=queries)
+            hidden_BTD, _ = self._run(block, hidden_BTD, 0, mask=mask_BTS[:, None], past=queries)
         return hidden_BTD
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
@@ -233,7 +243,7 @@ class QFormer(nn.Module):
         queries_BQD = self.query_tokens.expand(ids.shape[0], -1, -1)
         hidden_BSD = self._embed(torch.cat([queries_BQD, self._text()(ids)], dim=1))
         for block, image in zip(self._layers(), self.image_keys_values(image_tokens), strict=True):
-            hidden_BSD, _ = block(hidden_BSD, self.num_queries, attention[:, None], image)
+            hidden_BSD, _ = self._run(block, hidden_BSD, self.num_queries, mask=attention[:, None], image=image)
         return hidden_BSD
 
     def image_keys_values(self, image_tokens: Tensor) -> ImageKeysValues:
@@ -256,6 +266,26 @@ class QFormer(nn.Module):
 
     def _layers(self) -> list[QFormerBlock]:
         return [block for block in self.blocks if isinstance(block, QFormerBlock)]
+
+    def _run(
+        self,
+        block: QFormerBlock,
+        hidden_BSD: Tensor,
+        num_queries: int,
+        *,
+        mask: Tensor | None = None,
+        image: KeysValues | None = None,
+        past: KeysValues | None = None,
+        rows: int | None = None,
+    ) -> tuple[Tensor, KeysValues]:
+        """One block, kept whole for the backward pass or computed again in it."""
+        call = functools.partial(block, num_queries=num_queries, mask=mask, image=image, past=past, rows=rows)
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            # the reentrant kind wants its inputs to need gradients and loses those of captured tensors (image, past)
+            output: tuple[Tensor, KeysValues] = checkpoint(call, hidden_BSD, use_reentrant=False)
+        else:
+            output = call(hidden_BSD)
+        return output
 
     def _embed(self, embeddings_BRD: Tensor) -> Tensor:
         return F.dropout(self.embedding_norm(embeddings_BRD), self.dropout, self.training)
