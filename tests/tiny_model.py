@@ -27,11 +27,21 @@ LLAMA = {
     "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 1,
     "eos_token_id": 2, "bos_token_id": 3, "initializer_range": 0.3,
 }  # fmt: skip
+OPT_PROJECTED = OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+QWEN2, QWEN3 = LLAMA | {"model_type": "qwen2"}, LLAMA | {"model_type": "qwen3", "head_dim": 12}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 5}
+GPT_NEOX = {
+    "model_type": "gpt_neox", "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 64, "max_position_embeddings": 64, "rotary_pct": 0.25, "pad_token_id": 1, "eos_token_id": 2,
+    "bos_token_id": 2, "initializer_range": 0.3,
+}  # fmt: skip
+GEMMA = LLAMA | {"model_type": "gemma", "head_dim": 8}
 T5 = {
     "model_type": "t5", "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
     "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 2,
     "decoder_start_token_id": 0,
 }  # fmt: skip
+T5_TIED = T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True}
 
 
 def tiny_qformer(**changes: Any) -> QFormer:

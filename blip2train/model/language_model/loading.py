@@ -6,9 +6,11 @@ are an error, and the checkpoint's own generation defaults are dropped (LAVIS tr
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,7 +72,8 @@ def load_model(auto_class: Any, source: ModelSource, dtype: str, weights: bool, 
     own_head = config.is_encoder_decoder and _has_own_head(source, overrides)
     try:
         if weights and isinstance(source, str | Path):
-            model = _read_weights(auto_class, source, config, torch_dtype)
+            with _no_advice_on_tying() if own_head else contextlib.nullcontext():
+                model = _read_weights(auto_class, source, config, torch_dtype)
             _check_head(model, own_head, source)
         else:
             model = auto_class.from_config(config, dtype=torch_dtype)
@@ -141,6 +144,21 @@ def _has_own_head(source: ModelSource, overrides: Mapping[str, Any]) -> bool:
     elif isinstance(source, str | Path):
         stated = PreTrainedConfig.get_config_dict(str(source))[0]
     return (stated | dict(overrides)).get(_TIE) is False
+
+
+@contextlib.contextmanager
+def _no_advice_on_tying() -> Iterator[None]:
+    """transformers advises to set what is set already; to follow it would take T5's encoder its embeddings."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return _TIE not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _give_own_head(model: Any) -> None:
