@@ -60,9 +60,9 @@ def main(target: Path) -> None:
             with _on_meta():
                 model = build()
             write(target / f"{name}.json", saved_shapes(model))
-            if name == "stage1_vitg":
+            if name.startswith("stage1_"):  # files fine-tuned with the encoder hold it too
                 vision = {f"visual_encoder.{key}": value for key, value in shapes(model.visual_encoder).items()}
-                write(target / "visual_encoder_vitg.json", vision)
+                write(target / f"{name.replace('stage1', 'visual_encoder')}.json", vision)
         os.chdir(target)
 
 
