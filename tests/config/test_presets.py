@@ -1,7 +1,7 @@
 """The presets against the published values: through `published.yaml`, and again against numbers typed here.
 
-The numbers come from section 3.4 of the paper and from the yamls and code of LAVIS, not from `published.yaml`: a slip of
-the pen must happen twice to pass.
+The numbers come from section 3.4 of the paper and from the yamls and code of LAVIS, not from `published.yaml`: a slip
+of the pen must happen twice to pass.
 """
 
 from __future__ import annotations
