@@ -99,12 +99,13 @@ def kept_bytes(run: Callable[[QFormer, Tensor], Tensor], *, checkpoint: bool) ->
             kept[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
-    def keep_ends(_: object, inputs: tuple, output: tuple) -> None:
-        for tensor in (*(item for item in inputs if isinstance(item, Tensor)), output[0], *output[1]):
+    def keep_ends(_: object, inputs: tuple, named: dict, output: tuple) -> None:
+        pairs = [named[name] or () for name in ("image", "past")]
+        for tensor in (inputs[0], *pairs[0], *pairs[1], output[0], *output[1]):
             keep(tensor)
 
     for block in qformer.blocks:
-        block.register_forward_hook(keep_ends)
+        block.register_forward_hook(keep_ends, with_kwargs=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run(qformer, IMAGE)
     return sum(storage.nbytes() for storage in kept.values())
