@@ -15,7 +15,7 @@ DOORS = {
     "timm": ("model/vision_encoder/", "microworld/"),
     "transformers": (
         *("model/language_model/", "model/qformer/bert_checkpoint.py", "data/tokenizer.py"),
-        *("microworld/", "cli/quickstart.py"),
+        *("checkpoint/huggingface", "microworld/", "cli/quickstart.py"),
     ),
     "pytorch_lightning": ("stage/", "data/datamodule.py", "callback/", "cli/train.py", "cli/quickstart.py"),
     "pycocoevalcap": ("metric/caption.py",),

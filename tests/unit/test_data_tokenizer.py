@@ -154,7 +154,7 @@ def test_a_tokenizer_without_cls_is_refused_with_what_it_has(opt_folder: Path) -
 
 
 def test_a_prompt_is_opened_and_closed_as_the_model_reads_it(shared_data: Path) -> None:
-    """T5's own tokenizer ends every input with </s>, as LAVIS and transformers feed it; the yaml of Flan-T5 does too."""
+    """T5's own tokenizer ends every input with </s>, as LAVIS and transformers feed it; Flan-T5's yaml does too."""
     theirs = AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "t5"))
     ours = LanguageModelTokenizer(theirs, close_prompt=True)
     texts = ["a dog on a beach", "", "question: what is this? answer:"]

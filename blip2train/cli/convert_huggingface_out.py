@@ -1,0 +1,352 @@
+"""`blip2train convert from=blip2train to=huggingface`: a run folder -> what `from_pretrained` loads, complete."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from blip2train.checkpoint import huggingface_config as settings
+from blip2train.checkpoint.converted import (
+    LANGUAGE_MODEL,
+    PARTS,
+    ConversionReport,
+    ConvertedModel,
+    read_converted,
+    save_tensors,
+)
+from blip2train.checkpoint.huggingface import NOT_HELD, Kind, Tensors, to_theirs
+from blip2train.checkpoint.huggingface import VISION as VISION_PREFIX
+from blip2train.checkpoint.huggingface_folder import (
+    GENERATION,
+    PROCESSOR_FILES,
+    SIDE_FACTS,
+    SIDE_TENSORS,
+    TOKENIZER_FILES,
+    build_processor,
+    copy_files,
+    read_state,
+    write_generation_config,
+    write_model,
+)
+from blip2train.checkpoint.huggingface_text import add_image_rows, frame_prompts, never_say
+from blip2train.checkpoint.model_card import ModelCard
+from blip2train.cli.check import stage_number
+from blip2train.cli.config import build
+from blip2train.cli.evaluate import load_run_config
+from blip2train.cli.meta import build_meta
+from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir, write_json
+
+SOURCE_FILES = "huggingface"
+"""Folder in parts/ with the processor, tokenizer and generation files of a source that came from transformers."""
+
+
+@dataclass(slots=True)
+class Export:
+    """A run on its way out.
+
+    Args:
+        run: the folder.
+        config: its config.yaml.
+        kind: which class of transformers it becomes.
+        model: its tensors.
+        built: its model on the meta device: shapes and settings.
+        side: what the way back needs, for SIDE_FACTS.
+    """
+
+    run: RunDir
+    config: DictConfig
+    kind: Kind
+    model: ConvertedModel
+    built: Any
+    side: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def from_huggingface(self) -> bool:
+        """Whether the run is a converted model that came from transformers, with its own settings and files."""
+        return self.model.facts.get("format") == "huggingface"
+
+
+def to_huggingface(config: DictConfig, source: Path, folder: Path) -> ConversionReport:
+    """Convert a run folder into a folder of `save_pretrained`; see `cli.convert.Direction`.
+
+    Raises:
+        ConfigError: the model is another network than transformers' Blip2.
+        CheckpointError: no such checkpoint, or tensors without a place in transformers.
+    """
+    run = RunDir.open(source, where="source=")
+    trained = load_run_config(run)
+    kind: Kind = "retrieval" if stage_number(trained) == 1 else "generation"
+    checkpoint = config.get("source_checkpoint") or "last"
+    export = Export(run, trained, kind, read_converted(run, checkpoint), build_meta(trained))
+    network = _vision_network(export)
+    vision = settings.vision_config(network, str(run.config_path))
+    tensors = Tensors(_trained(export), _vision(export), {}, _aside(export))
+    report = ConversionReport(notes=settings.eps_note(network))
+    theirs = _base_config(export, vision)
+    if kind == "generation":
+        _add_language_model(export, theirs, tensors, folder, report)
+    else:
+        _add_qformer_tokenizer(export, folder)
+    dtype = _loaded_dtype(tensors, kind, export, report)
+    write_model(folder, theirs, to_theirs(tensors, kind, str(run.path)), kind, dtype)
+    _write_side(export, tensors, folder, report)
+    report.parts |= {"trainable": len(tensors.trained), "vision encoder": len(tensors.vision)}
+    report.parts |= {"language model": len(tensors.language_model)} if tensors.language_model else {}
+    _write_card(export, folder, report)
+    return report
+
+
+def _vision_network(export: Export) -> settings.VisionNetwork:
+    encoder, norm = export.built.vision_encoder, export.built.ln_vision
+    if not hasattr(encoder, "backbone"):
+        raise ConfigError(
+            f"the vision encoder is a {type(encoder).__name__}, not one of timm's",
+            where=str(export.run.config_path),
+            fix="transformers' Blip2 holds a plain ViT alone; keep this run in blip2train's form",
+        )
+    if export.config.model.vision_encoder.get("final_norm"):
+        raise ConfigError(
+            "the encoder's final norm comes before ln_vision; Blip2VisionModel has one norm after the blocks",
+            where="model.vision_encoder.final_norm",
+            fix="keep this run in blip2train's form",
+        )
+    has_norm = isinstance(norm, nn.LayerNorm)
+    return settings.VisionNetwork(encoder.backbone, encoder.image.size, has_norm, norm.eps if has_norm else 0.0)
+
+
+def _trained(export: Export) -> dict[str, Tensor]:
+    """What trains, without the encoder's and what transformers cannot hold, in the number formats it once came in."""
+    held = {
+        name: tensor
+        for name, tensor in export.model.state.items()
+        if name not in NOT_HELD and not name.startswith(VISION_PREFIX)
+    }
+    if any(name.startswith("language_model.") for name in held):
+        raise ConfigError(
+            "the language model has an adapter (LoRA), which a Blip2 of transformers has no place for",
+            where=str(export.run.config_path),
+            fix="keep this run in blip2train's form",
+        )
+    return {name: _in_format(tensor, export, name) for name, tensor in held.items()}
+
+
+def _in_format(tensor: Tensor, export: Export, name: str) -> Tensor:
+    """A tensor as it was saved before it came here, if nothing is lost by it (it has not been trained since)."""
+    stated = export.model.facts.get("dtypes", {}).get(name) if export.from_huggingface else None
+    if stated is None:
+        return tensor
+    narrow = tensor.to(getattr(torch, stated))
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _vision(export: Export) -> dict[str, Tensor]:
+    """The whole encoder by timm's names; what was trained of it from the checkpoint."""
+    changed = {
+        name.removeprefix(VISION_PREFIX): _in_format(tensor, export, name)
+        for name, tensor in export.model.state.items()
+        if name.startswith(VISION_PREFIX)
+    }
+    export.side["trained_vision"] = sorted(changed)
+    names = set(export.built.vision_encoder.backbone.state_dict())
+    if names <= set(export.model.vision):
+        whole = {name: export.model.vision[name] for name in names}
+    elif names <= set(changed):
+        whole = {}
+    else:
+        whole = dict(build(export.config.model.vision_encoder).backbone.state_dict())
+    export.side["eva"] = not any(name.endswith(".attn.qkv.bias") for name in names)
+    return whole | changed
+
+
+def _aside(export: Export) -> dict[str, Tensor]:
+    return dict(export.model.extra) if export.from_huggingface else {}
+
+
+def _base_config(export: Export, vision: dict[str, Any]) -> Any:
+    """transformers' config without its language model: that of the source, or one for our sizes."""
+    if export.from_huggingface:
+        return settings.blip2_config(copy.deepcopy(export.model.facts["config"]))
+    ours: Any = OmegaConf.to_container(export.config.model.qformer, resolve=True)
+    contrastive = {"image_text_hidden_size": export.config.model.contrastive_dim} if export.kind == "retrieval" else {}
+    return settings.blip2_config(
+        {
+            "vision_config": vision,
+            "qformer_config": settings.qformer_config(ours, text=export.kind == "retrieval"),
+            "num_query_tokens": ours["num_queries"],
+            **contrastive,
+        }
+    )
+
+
+def _add_language_model(export: Export, theirs: Any, tensors: Tensors, folder: Path, report: ConversionReport) -> None:
+    """Language model, tokenizer and processor, and what `generate` needs to give our ids without being told."""
+    tensors.language_model = _language_model_state(export)
+    if export.from_huggingface:
+        _copy_source_files(export, folder)
+        return
+    inner = export.built.language_model.model
+    text_config = copy.deepcopy(inner.config)
+    if inner.get_input_embeddings().embedding_dim != text_config.hidden_size:
+        raise ConfigError(
+            f"the language model's embeddings are {inner.get_input_embeddings().embedding_dim} wide, its layers "
+            f"{text_config.hidden_size}; transformers' Blip2 projects to the latter",
+            where="llm.path",
+            fix="keep this run in blip2train's form",
+        )
+    ours = build(export.config.llm.tokenizer)
+    tokenizer = ours.transformers_tokenizer
+    _frame_like_ours(ours, tokenizer, report)
+    tokenizer.padding_side = "right" if text_config.is_encoder_decoder else "left"
+    processor = build_processor(tokenizer, export.built.vision_encoder.image, theirs.num_query_tokens)
+    image_id = int(tokenizer.convert_tokens_to_ids(processor.image_token.content))
+    before = text_config.to_dict()
+    _set_special_ids(text_config, ours, report)
+    if image_id >= text_config.vocab_size:
+        _make_room(export, tensors, text_config, image_id, report)
+    changed = {key: before.get(key) for key, value in text_config.to_dict().items() if before.get(key) != value}
+    export.side["text_config"] = changed
+    export.side["llm"] = _prompts(export.config)
+    theirs.text_config = text_config
+    theirs.image_token_index = image_id
+    theirs.use_decoder_only_language_model = not text_config.is_encoder_decoder
+    theirs.is_encoder_decoder = text_config.is_encoder_decoder
+    processor.save_pretrained(folder)
+
+
+def _language_model_state(export: Export) -> dict[str, Tensor]:
+    """Every tensor of the language model, by its own names: from parts/, else from where the run took it."""
+    own = export.run.path / PARTS / LANGUAGE_MODEL
+    if own.is_dir() and Path(export.config.llm.path).resolve() == own.resolve():
+        return read_state(own)
+    return dict(build(export.config.model.language_model).model.state_dict())
+
+
+def _frame_like_ours(ours: Any, tokenizer: Any, report: ConversionReport) -> None:
+    probe = ours.encode_prompt(["a"], 32)[0][0].tolist()
+    body = tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = probe.index(body[0]) if body else len(probe)
+    if frame_prompts(tokenizer, probe, probe[:start], probe[start + len(body) :]):
+        report.notes.append("the tokenizer now puts the start and end tokens around a prompt as blip2train does")
+
+
+def _set_special_ids(text_config: Any, ours: Any, report: ConversionReport) -> None:
+    """transformers' Blip2 generates with the ids of text_config: make them those that end and open our texts."""
+    text_config.eos_token_id = ours.end_id
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = ours.pad_id
+    empty = ours.encode_prompt([""], 32)[0][0].tolist()
+    if empty:
+        text_config.bos_token_id = empty[0]  # what `generate` puts after the image where it is given no text
+    else:
+        report.notes.append("generate() needs input_ids (the processor's, with text): this model opens no empty prompt")
+
+
+def _make_room(export: Export, tensors: Tensors, text_config: Any, image_id: int, report: ConversionReport) -> None:
+    """One more row for <image> in the embeddings, which generation can never choose."""
+    inner = export.built.language_model.model
+    names = [
+        name
+        for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
+        for name in _names_of(inner, module)
+        if name in tensors.language_model
+    ]
+    names += [name for name in tensors.language_model if name in inner.all_tied_weights_keys and name not in names]
+    export.side["added_rows"] = {name: tensors.language_model[name].shape[0] for name in names}
+    tensors.language_model = add_image_rows(tensors.language_model, names, image_id + 1)
+    text_config.vocab_size = image_id + 1
+    for key, value in never_say(image_id).items():
+        setattr(text_config, key, value)
+    report.notes.append(
+        f"the language model had no free row for <image>: row {image_id} was added, with a bias that keeps it from "
+        "being generated; logits have one column more than blip2train's"
+    )
+
+
+def _names_of(model: nn.Module, part: nn.Module) -> list[str]:
+    prefix = next(name for name, module in model.named_modules() if module is part)
+    return [f"{prefix}.{name}" for name, _ in part.named_parameters()]
+
+
+def _prompts(config: DictConfig) -> dict[str, Any]:
+    """The llm settings that transformers' files do not say."""
+    kept = ("caption_prompt", "question_prompt", "prefix_split")
+    return {key: OmegaConf.select(config, f"llm.{key}") for key in kept if key in config.llm}
+
+
+def _add_qformer_tokenizer(export: Export, folder: Path) -> None:
+    if export.from_huggingface:
+        _copy_source_files(export, folder)
+        return
+    ours = build(export.config.tokenizer)
+    tokenizer = ours.transformers_tokenizer
+    probe = ours(["a"], 32)[0][0].tolist()
+    frame_prompts(tokenizer, probe, probe[:1], probe[-1:])
+    tokenizer.padding_side = "right"
+    build_processor(tokenizer, export.built.vision_encoder.image, None).save_pretrained(folder)
+
+
+def _copy_source_files(export: Export, folder: Path) -> None:
+    source = export.run.path / PARTS / SOURCE_FILES
+    copy_files(source, folder, (*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION))
+
+
+def _loaded_dtype(tensors: Tensors, kind: Kind, export: Export, report: ConversionReport) -> str:
+    """What `from_pretrained` loads when it is not told: the large part's number format."""
+    if export.from_huggingface and export.model.facts["config"].get("dtype"):
+        return str(export.model.facts["config"]["dtype"])
+    large = tensors.language_model if kind == "generation" else tensors.vision
+    formats = {settings.name_of(tensor.dtype) for tensor in large.values() if tensor.is_floating_point()}
+    dtype = formats.pop() if len(formats) == 1 else "float32"
+    if dtype != "float32":
+        report.notes.append(
+            f"from_pretrained loads the vision encoder, the projection and the language model in {dtype} unless it is "
+            "told dtype=; in blip2train what trains is float32. The files hold every tensor in its own format"
+        )
+    return dtype
+
+
+def _write_side(export: Export, tensors: Tensors, folder: Path, report: ConversionReport) -> None:
+    """What transformers cannot hold, beside its files, and the model's generation settings."""
+    invented = set(export.model.facts.get("invented", []))
+    kept = {name: export.model.state[name] for name in NOT_HELD if name in export.model.state and name not in invented}
+    if kept:
+        save_tensors(kept, folder / SIDE_TENSORS)
+        report.kept_aside += sorted(kept)
+    report.not_held += [f"{name}: {NOT_HELD[name]}" for name in kept]
+    if export.from_huggingface:
+        return
+    encoder = export.config.model.vision_encoder
+    export.side |= {"step": export.model.step, "ln_vision_eps": float(export.built.ln_vision.eps)}
+    export.side["vision_encoder"] = {
+        key: encoder[key] for key in ("trainable_blocks", "checkpoint_activations") if key in encoder
+    }
+    write_json(folder / SIDE_FACTS, export.side)
+    if export.kind == "generation":
+        write_generation_config(folder)
+
+
+def _write_card(export: Export, folder: Path, report: ConversionReport) -> None:
+    encoder = export.config.model.vision_encoder
+    backbones = {"vision encoder": str(encoder.name)}
+    if export.kind == "generation":
+        named = Path(str(export.config.llm.path))
+        backbones["language model"] = named.name if named.is_dir() else str(export.config.llm.path)
+    card = ModelCard(
+        name=str(export.config.name),
+        stage=stage_number(export.config),
+        format="huggingface",
+        source=f"the run {export.config.name}",
+        steps=export.model.step,
+        backbones=backbones,
+        tensors=report.parts,
+        not_held=report.not_held,
+        notes=report.notes,
+    )
+    (folder / "README.md").write_text(card.text(), encoding="utf-8")
