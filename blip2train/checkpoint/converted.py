@@ -90,7 +90,8 @@ def write_converted(folder: Path, model: ConvertedModel, *, stage: int, name: st
         CheckpointError: the disk is full or not writable.
     """
     checkpoint = RunDir(folder).checkpoints / f"step-{model.step:07d}"
-    save_weights(model.state, checkpoint, {"stage": stage, "name": name, "step": model.step})
+    metadata = {"stage": stage, "name": name, "step": model.step}
+    save_weights(model.state, checkpoint, metadata, fix=FREE_SPACE)
     if model.vision:
         save_tensors(model.vision, folder / PARTS / VISION)
     if model.extra:

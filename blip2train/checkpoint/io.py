@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blip2train.errors import CheckpointError
-from blip2train.model.freezing import trainable_state_dict
+from blip2train.model.freezing import checkpoint_state_dict, note_restored, trainable_state_dict
 from blip2train.model.init_report import InitReport, Origin
 from blip2train.run_dir import RunDir, free_bytes, read_json, write_json
 
@@ -45,17 +45,30 @@ OWN_WEIGHTS = ("vision_encoder.*",)
 """What a new run may train that the run before it left frozen: it starts from its own pretrained weights."""
 
 
+KEEP_TRAINING = (
+    "free some space or give another run_dir=; the last complete checkpoint is intact, resume=auto continues"
+)
+
+
 def save_checkpoint(module: nn.Module, folder: Path, metadata: Mapping[str, Any]) -> Path:
     """Write the trainable weights of `module` and their metadata into `folder`; returns the weights file.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    return save_weights(trainable_state_dict(module), folder, metadata)
+    return save_weights(checkpoint_state_dict(module), folder, metadata)
 
 
-def save_weights(state: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, Any]) -> Path:
+def save_weights(
+    state: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, Any], *, fix: str = KEEP_TRAINING
+) -> Path:
     """Write trainable weights by our parameter names, as `save_checkpoint` does; a converter has no module at hand.
+
+    Args:
+        state: by parameter name.
+        folder: of the checkpoint.
+        metadata: facts to keep with them.
+        fix: what to do when the disk is full.
 
     Raises:
         CheckpointError: the disk is full or not writable.
@@ -71,13 +84,8 @@ def save_weights(state: Mapping[str, Tensor], folder: Path, metadata: Mapping[st
         save_file(tensors, folder / WEIGHTS, metadata={"blip2train": json.dumps(facts)})
         write_json(folder / METADATA, facts)
     except (OSError, SafetensorError) as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(error, folder, fix) from error
     return folder / WEIGHTS
-
-
-KEEP_TRAINING = (
-    "free some space or give another run_dir=; the last complete checkpoint is intact, resume=auto continues"
-)
 
 
 def disk_error(error: Exception, folder: Path, fix: str = KEEP_TRAINING) -> CheckpointError:
@@ -125,7 +133,7 @@ def load_weights(
 
     Args:
         module: receives the weights. A frozen parameter is written only if the file holds it: a vision encoder that
-            was trained in stage 1 and is frozen now.
+            was trained in stage 1 and is frozen now. Checkpoints of `module` hold it from then on.
         weights: safetensors file written by `save_checkpoint`.
         leave: patterns of keys in the file that may find no place in the module.
         fresh: patterns of trainable parameters that the file may lack.
@@ -163,6 +171,7 @@ def load_weights(
     with torch.no_grad():
         for name in loaded:
             own[name].copy_(state[name])
+    note_restored(module, (name for name in loaded if not module.get_parameter(name).requires_grad))
     origins: dict[str, Origin] = {name: "checkpoint" if name in state else "random" for name in [*loaded, *missing]}
     return InitReport(origins, {"checkpoint": str(weights)}, dict.fromkeys(dropped, "no place in this stage"))
 

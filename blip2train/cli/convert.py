@@ -119,7 +119,7 @@ def model_config(config: DictConfig) -> DictConfig:
         ConfigError: it describes no model, or leaves values open.
     """
     described = OmegaConf.masked_copy(config, [str(key) for key in config if key not in OWN_KEYS])
-    described.init_from = None  # the weights come from the source
+    described.init_from = described.init_qformer = None  # the weights come from the source
     if not described.get("model", None) or not described.get("stage", None):
         raise ConfigError(
             "the source does not say which model it is",

@@ -104,6 +104,9 @@ def to_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionReport
         parts.language_model = load_tensors(weights)
     elif parts.kind is not None and not came_from_lavis:
         report.not_held.append(f"the language model: LAVIS reads its own, name it as {parts.kind}_model")
+    eps = trained.model.get("ln_vision_eps", LN_VISION_EPS)
+    if eps != LN_VISION_EPS:
+        report.not_held.append(f"ln_vision_eps {eps}: LAVIS's is {LN_VISION_EPS}, so its image tokens differ a little")
     state = put_together(parts, max_positions=trained.model.qformer.max_positions, where=str(source))
     write_lavis_file(state, folder / LAVIS_FILE)
     report.parts = {"model": len(state)}
@@ -158,12 +161,10 @@ def _tower(config: DictConfig) -> str | None:
 
 def _check_for_lavis(config: DictConfig, parts: LavisModel, source: Path) -> None:
     """Refuse what LAVIS would compute otherwise, or could not hold."""
-    eps = config.model.get("ln_vision_eps", LN_VISION_EPS)
     adapter = [name for name in parts.model.state if name.startswith("language_model.")]
     encoder = [name for name in parts.model.state if name.startswith("vision_encoder.")]
     problems = {
         "model.ln_vision is false, LAVIS always normalises the image tokens": not config.model.ln_vision,
-        f"model.ln_vision_eps is {eps}, LAVIS's is {LN_VISION_EPS}": eps != LN_VISION_EPS,
         f"{len(adapter)} trained tensors of the language model, e.g. {adapter[:1]}": bool(adapter),
         f"a trained {config.model.vision_encoder.name}, which LAVIS does not have": bool(encoder) and not parts.tower,
     }
@@ -209,6 +210,7 @@ def _write_backbones(parts: LavisModel, config: DictConfig, folder: Path) -> dic
 def _card(config: DictConfig, run: RunDir, step: int, report: ConversionReport) -> str:
     from blip2train.checkpoint.model_card import ModelCard
 
+    origin = run.read_manifest().get("converted")
     backbones = {"vision encoder": str(config.model.vision_encoder.name)}
     if check.stage_number(config) == 2:
         backbones["language model"] = str(config.llm.path)
@@ -216,7 +218,7 @@ def _card(config: DictConfig, run: RunDir, step: int, report: ConversionReport) 
         name=str(config.name),
         stage=check.stage_number(config),
         format="lavis",
-        source=f"the run {run.path.name}",
+        source=f"{origin['file']} ({origin['from']})" if origin else f"the run {run.path.name}",
         steps=step,
         backbones=backbones,
         tensors=report.parts,

@@ -5,9 +5,11 @@ The recordings (tests/lavis_parity.py) were made by unmodified LAVIS; they are s
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lavis_comparison import assert_close_to, assert_stage1_step, stage2_step
 from lavis_parity import LavisRun, NormalisedImages, shared_run
 from torch import Tensor
 
-from blip2train.checkpoint.io import find_checkpoint, read_metadata
+from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, read_metadata, read_weights, save_weights
 from blip2train.cli.config import compose
 from blip2train.cli.convert import convert
 from blip2train.cli.evaluate import load_model, load_run_config
@@ -264,3 +266,56 @@ def test_a_converted_stage1_starts_stage2(stage1: LavisRun, tmp_path: Path, labo
     same = [item for item in described(stage1, 2) if not item.startswith("experiment=")]
     outcome = laboratory.train("microworld_stage2_opt", tmp_path / "stage2", f"init_from={tmp_path}/ours", *same)
     assert outcome.step == 4
+
+
+@pytest.mark.parametrize(("blocks", "in_checkpoint"), [("all", 2), ("1", 1)])
+def test_a_trained_encoder_is_in_the_checkpoint_and_goes_back(
+    stage1: LavisRun, tmp_path: Path, blocks: str, in_checkpoint: int
+) -> None:
+    state = state_of(stage1)
+    torch.save({"model": state}, tmp_path / "file.pth")
+    trained = f"model.vision_encoder.trainable_blocks={blocks}"
+    run_convert("from=lavis", "to=blip2train", f"source={tmp_path}/file.pth", f"target={tmp_path}/ours",
+                *described(stage1, 1), trained)  # fmt: skip
+    weights = read_weights(find_checkpoint(RunDir(tmp_path / "ours")) / WEIGHTS)
+    found = {name.split(".")[3] for name in weights if name.startswith("vision_encoder.backbone.blocks.")}
+    assert len(found) == in_checkpoint
+    run_convert("from=blip2train", "to=lavis", f"source={tmp_path}/ours", f"target={tmp_path}/back")
+    assert_same_file(tmp_path / "back" / "model.pth", state)
+    changed = "vision_encoder.backbone.blocks.1.attn.q_bias"
+    checkpoint = find_checkpoint(RunDir(tmp_path / "ours"))
+    save_weights(weights | {changed: weights[changed] + 1}, checkpoint, read_metadata(checkpoint))
+    run_convert("from=blip2train", "to=lavis", f"source={tmp_path}/ours", f"target={tmp_path}/later")
+    name = "visual_encoder.blocks.1.attn.q_bias"
+    assert torch.equal(torch.load(tmp_path / "later" / "model.pth")["model"][name], state[name] + 1)
+
+
+def test_what_lavis_cannot_hold_is_refused(stage1_run: RunDir, laboratory: Any, tmp_path: Path) -> None:
+    tuned = laboratory.train("microworld_stage1", tmp_path / "tuned", "model.vision_encoder.trainable_blocks=1").run
+    with pytest.raises(CheckpointError, match="a trained vit_tiny_patch16_224, which LAVIS does not have"):
+        run_convert("from=blip2train", "to=lavis", f"source={tuned.path}", f"target={tmp_path}/lavis")
+    plain = laboratory.train("microworld_stage1", tmp_path / "plain", "model.ln_vision=false").run
+    with pytest.raises(CheckpointError, match="ln_vision is false"):
+        run_convert("from=blip2train", "to=lavis", f"source={plain.path}", f"target={tmp_path}/lavis")
+    copied = shutil.copytree(stage1_run.path, tmp_path / "adapter")
+    checkpoint = find_checkpoint(RunDir(copied))
+    adapter = {"language_model.model.layers.0.lora_A.weight": torch.ones(1)}
+    save_weights(read_weights(checkpoint / WEIGHTS) | adapter, checkpoint, read_metadata(checkpoint))
+    with pytest.raises(CheckpointError, match="1 trained tensors of the language model"):
+        run_convert("from=blip2train", "to=lavis", f"source={copied}", f"target={tmp_path}/lavis")
+    assert not list(tmp_path.glob("lavis*"))
+
+
+@pytest.mark.parametrize("writer", ["blip2train.checkpoint.io.save_file", "blip2train.checkpoint.converted.save_file"])
+def test_a_full_disk_leaves_nothing_behind(
+    stage1: LavisRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    torch.save({"model": state_of(stage1)}, tmp_path / "file.pth")
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(CheckpointError, match=r"the disk is full(.|\n)*another target="):
+        run_convert("from=lavis", "to=blip2train", f"source={tmp_path}/file.pth", f"target={tmp_path}/ours",
+                    *described(stage1, 1))  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pth"]
