@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2train.model.autocast import full_precision_linear
 from blip2train.model.image_tokens import build_ln_vision, check_image_width, encode_image_tokens
 from blip2train.model.qformer.qformer import ImageKeysValues, QFormer, QueryStates
 from blip2train.model.vision_encoder.base import VisionEncoder
@@ -58,17 +59,18 @@ class Blip2Stage1(nn.Module):
         return self.qformer.encode_image(image_tokens)
 
     def image_features(self, hidden: Tensor) -> Tensor:
-        """Unit vectors (B, Q, E) of query states (B, Q, D), one per query."""
-        return F.normalize(self.vision_proj(hidden), dim=-1)
+        """Unit vectors (B, Q, E) of query states (B, Q, D), one per query; in float32 also under autocast."""
+        return F.normalize(full_precision_linear(self.vision_proj, hidden), dim=-1)
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors (B, E) of texts (B, T): the [CLS] state of a pass that sees no image."""
-        return F.normalize(self.text_proj(self.qformer.encode_text(ids, mask, rows=1)[:, 0]), dim=-1)
+        """Unit vectors (B, E) of texts (B, T), float32: the [CLS] state of a pass that sees no image."""
+        hidden_BD = self.qformer.encode_text(ids, mask, rows=1)[:, 0]
+        return F.normalize(full_precision_linear(self.text_proj, hidden_BD), dim=-1)
 
     def matching_logits(
         self, image_tokens: Tensor | ImageKeysValues, ids: Tensor, mask: Tensor, image_rows: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, 2) of "does not match" and "matches": the two-class head averaged over the queries.
+        """Logits (B, 2), float32, of "does not match" and "matches": the two-class head averaged over the queries.
 
         Args:
             image_tokens: (N, P, I), or `QueryStates.image` of the same images.
@@ -76,8 +78,8 @@ class Blip2Stage1(nn.Module):
             mask: (B, T) bool.
             image_rows: (B,) int64, the image of each text; None pairs them in order.
         """
-        logits_B2: Tensor = self.itm_head(self.qformer.fuse(image_tokens, ids, mask, image_rows)).mean(dim=1)
-        return logits_B2
+        hidden_BQD = self.qformer.fuse(image_tokens, ids, mask, image_rows)
+        return full_precision_linear(self.itm_head, hidden_BQD).mean(dim=1)
 
     def generation_logits(self, ids: Tensor, mask: Tensor, query: QueryStates) -> Tensor:
         """Next-token logits (B, T, V) of texts (B, T) that start with [DEC], grounded in the queries' states."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip2train import distributed
 from blip2train.batch import Stage1Batch
-from blip2train.objective.precision import full_precision
+from blip2train.model.autocast import full_precision
 from blip2train.objective.similarity import query_text_similarity
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip2train.batch import IGNORE_INDEX
+from blip2train.model.autocast import full_precision
 from blip2train.objective.context import ObjectiveOutput, Stage1Context
-from blip2train.objective.precision import full_precision
 from blip2train.objective.setting import check_share, check_weight
 
 _FINITE = 1e30

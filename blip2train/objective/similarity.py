@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from blip2train.objective.precision import full_precision, without_autocast
+from blip2train.model.autocast import full_precision, without_autocast
 
 
 def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class EncoderDecoder(nn.Module):
             ConfigError: a row has neither image nor prompt.
         """
         embeddings_BML, mask_BM = self._encoder_inputs(visual_prompt, batch.prompt_ids, batch.prompt_mask)
-        with own_precision(embeddings_BML):
+        with own_precision(embeddings_BML, overflows=True):
             logits_BTV: Tensor = self.model(
                 inputs_embeds=embeddings_BML,
                 attention_mask=mask_BM.long(),
@@ -114,7 +114,7 @@ class EncoderDecoder(nn.Module):
             ConfigError: a row has neither image nor prompt.
         """
         embeddings_BML, mask_BM = self._encoder_inputs(visual_prompt, prompt_ids, prompt_mask)
-        with own_precision(embeddings_BML):
+        with own_precision(embeddings_BML, overflows=True):
             ids_BT: Tensor = self.model.generate(
                 inputs_embeds=embeddings_BML,
                 attention_mask=mask_BM.long(),

@@ -19,10 +19,18 @@ def visual_part(visual_prompt: Tensor, text: Part) -> Part:
     return visual_prompt.to(embeddings.dtype), mask.new_ones(visual_prompt.shape[:2])
 
 
-def own_precision(embeddings: Tensor) -> torch.autocast:
-    """Context in which a frozen model runs: half-precision weights in their own format, float32 ones under autocast."""
+def own_precision(embeddings: Tensor, *, overflows: bool = False) -> torch.autocast:
+    """Context in which a frozen model runs: half-precision weights in their own format, float32 ones under autocast.
+
+    Args:
+        embeddings: what the model reads, in the format of its weights.
+        overflows: the model overflows in float16 (T5): under float16 autocast its float32 weights compute in float32.
+    """
     device = embeddings.device.type
-    return torch.autocast(device, enabled=torch.is_autocast_enabled(device) and embeddings.dtype == torch.float32)
+    casts = torch.is_autocast_enabled(device) and embeddings.dtype == torch.float32
+    return torch.autocast(
+        device, enabled=casts and not (overflows and torch.get_autocast_dtype(device) == torch.float16)
+    )
 
 
 def pack(parts: list[Part], *, side: str) -> tuple[Tensor, Tensor]:
