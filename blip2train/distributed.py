@@ -6,12 +6,30 @@ cannot run, or be tested, without a process group.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_grad
+
+_pretended_ranks = 1
+
+
+@contextlib.contextmanager
+def pretend_world(ranks: int) -> Iterator[None]:
+    """Under `with`, one process takes itself for rank 0 of many that all bring what it brings.
+
+    For memory estimates: gathered tensors have their true size, nothing is sent. Not for training.
+    """
+    global _pretended_ranks
+    before, _pretended_ranks = _pretended_ranks, ranks
+    try:
+        yield
+    finally:
+        _pretended_ranks = before
 
 
 def is_distributed() -> bool:
@@ -23,7 +41,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    return dist.get_world_size() if is_distributed() else 1
+    return dist.get_world_size() if is_distributed() else _pretended_ranks
 
 
 def is_main() -> bool:
@@ -45,6 +63,9 @@ def gather(local: Tensor, *, with_grad: bool = False) -> Tensor:
     """
     if world_size() == 1:
         return local if with_grad else local.detach()
+    if not is_distributed():
+        own = local if with_grad else local.detach()
+        return torch.cat([own.clone() for _ in range(world_size())])  # copies, as received from the other ranks
     if with_grad:
         return torch.cat(list(all_gather_with_grad(local.contiguous())), dim=0)  # type: ignore[no-untyped-call]
     parts = [torch.empty_like(local) for _ in range(world_size())]
@@ -56,6 +77,8 @@ def gather_padded(local: Tensor, *, dim: int, value: float | int | bool) -> Tens
     """Gather without gradient after padding dimension `dim` (not 0) with `value` to the longest over ranks."""
     if world_size() == 1:
         return local.detach()
+    if not is_distributed():
+        return gather(local)
     length = torch.tensor([local.shape[dim]], device=local.device)
     longest = int(gather(length).max())
     if longest > local.shape[dim]:

@@ -1,4 +1,4 @@
-"""`blip2train show batch|masks|params|config`: the newcomer's microscope. Overrides as for `train`."""
+"""`blip2train show WHAT`: the newcomer's microscope, from one batch to a run's memory. Overrides as for `train`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,25 @@ from blip2train.cli.config import build, quiet_libraries, register_resolvers, re
 if TYPE_CHECKING:
     from torch import Tensor
 
-USAGE = """usage: blip2train show batch|masks|params|config  [overrides as for train]
+USAGE = """usage: blip2train show batch|masks|params|estimate|config|paper-diff  [overrides as for train]
 
-  batch    one batch of the data pipeline: every field with its shape, captions, and the images as show_batch.png
-  masks    the three self-attention masks of stage 1 (paper, figure 2), as a picture show_masks.png and as text
-  params   trainable and frozen parameters, part by part
-  config   the composed config, every interpolation resolved"""
+  batch       one batch of the data pipeline: every field with its shape, captions, and the images as show_batch.png
+  masks       the three self-attention masks of stage 1 (paper, figure 2), as a picture show_masks.png and as text
+  params      trainable and frozen parameters, module by module (depth=3), from the config alone
+  estimate    memory per device and time of a training (device_gb=40 samples_per_second=810), from the config alone
+  config      the composed config, every interpolation resolved
+  paper-diff  how the config differs from the paper and from LAVIS, value by value"""
 
 
 def main() -> None:
-    names = {"batch": show_batch, "masks": show_masks, "params": show_params, "config": show_config}
-    verbs = {name: ("train", function) for name, function in names.items()}
+    verbs = {
+        "batch": ("train", show_batch),
+        "masks": ("train", show_masks),
+        "params": ("show_params", _show_params),
+        "estimate": ("show_estimate", _show_estimate),
+        "config": ("train", show_config),
+        "paper-diff": ("train", _show_paper_diff),
+    }
     run_subverb(USAGE, verbs, extra=["hydra.run.dir=.", "hydra.job_logging.root.handlers=[console]"])
 
 
@@ -44,26 +52,24 @@ def _check(config: DictConfig) -> None:
     quiet_libraries()
 
 
-def show_params(config: DictConfig) -> None:
-    """Part by part, from a model built as training builds it."""
+def _show_params(config: DictConfig) -> None:
     _check(config)
-    from torch import nn
+    from blip2train.cli.show_params import show_params
 
-    from blip2train.model.freezing import count_parameters
+    show_params(config)
 
-    model = build(config.model)
-    table = Table("part", "trainable", "frozen", "dtype", title=f"{config.name}: {config.model._target_}")
-    for column in table.columns[1:3]:
-        column.justify = "right"
-    parts = [*model.named_children(), *((name, value) for name, value in model.named_parameters(recurse=False))]
-    for name, part in parts:
-        tensors = list(part.parameters()) if isinstance(part, nn.Module) else [part]
-        counted = [sum(t.numel() for t in tensors if t.requires_grad is trained) for trained in (True, False)]
-        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-        table.add_row(name, *(f"{count:,}" for count in counted), ", ".join(sorted(dtypes)))
-    table.add_section()
-    table.add_row("all", *(f"{count:,}" for count in count_parameters(model)), "")
-    Console().print(table)
+
+def _show_estimate(config: DictConfig) -> None:
+    _check(config)
+    from blip2train.cli.show_estimate import show_estimate
+
+    show_estimate(config)
+
+
+def _show_paper_diff(config: DictConfig) -> None:
+    from blip2train.cli.paper_diff import show_paper_diff
+
+    show_paper_diff(config)
 
 
 def show_batch(config: DictConfig) -> None:

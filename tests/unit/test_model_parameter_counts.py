@@ -1,7 +1,7 @@
 """Exact parameter counts of the paper's models as their configs describe them, at full size on the meta device.
 
-LAVIS printed the first, the fourth and the last of the fine-tuned; the others follow from the published recipes: ViT-g/14
-and ViT-L/14 cut before their last block, a BERT-base Q-Former, 32 queries, 30,523 words ([DEC] added) and one projection.
+LAVIS printed stage 1 with ViT-g, stage 2 with OPT-2.7B and its captioning; the others follow from the recipes: a ViT
+cut before its last block, a BERT-base Q-Former, 32 queries, 30,523 words ([DEC] added) and one projection.
 """
 
 import pytest
