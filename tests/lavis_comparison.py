@@ -57,7 +57,8 @@ def stage1_step(
         best = torch.where(forbidden.all(dim=1), NO_NEGATIVE, allowed.argmax(dim=1))
         own = best if negatives is None else torch.tensor(negatives[len(taken)])
         taken.append(own.tolist())
-        behind.append(float((allowed.amax(dim=1) - allowed.gather(1, own[:, None])[:, 0]).max()))
+        distance = allowed.amax(dim=1) - allowed.gather(1, own.clamp(min=0)[:, None])[:, 0]
+        behind.append(float(distance.max()))
         return own
 
     context = build_context(model.train(), batch, gather_gradients=False)

@@ -28,13 +28,24 @@ from blip2train.model.vision_encoder.timm_vit import TimmVisionEncoder
 
 RECORDINGS = Path(__file__).parent / "data" / "lavis_recordings"
 _LAYER = r"Qformer\.bert\.encoder\.layer\.(\d+)\."
+_CLIP_LAYER = r"visual_encoder\.transformer\.resblocks\.(\d+)\."
+_VISION = r"vision_encoder.encoder.backbone."
 RENAMES = [
     (r"temp", r"temperature"),
     (r"query_tokens", r"qformer.query_tokens"),
     (r"(ln_vision|vision_proj|text_proj|itm_head)\.(.*)", r"\1.\2"),
     (r"(?:opt|t5)_proj\.(.*)", r"projection.\1"),
     (r"(?:opt|t5)_model\.(.*)", r"language_model.model.\1"),
-    (r"visual_encoder\.(.*)", r"vision_encoder.encoder.backbone.\1"),
+    (r"visual_encoder\.class_embedding", _VISION + r"cls_token"),
+    (r"visual_encoder\.positional_embedding", _VISION + r"pos_embed"),
+    (r"visual_encoder\.conv1\.weight", _VISION + r"patch_embed.proj.weight"),
+    (r"visual_encoder\.ln_pre\.(.*)", _VISION + r"norm_pre.\1"),
+    (_CLIP_LAYER + r"ln_(\d)\.(.*)", _VISION + r"blocks.\1.norm\2.\3"),
+    (_CLIP_LAYER + r"attn\.in_proj_(.*)", _VISION + r"blocks.\1.attn.qkv.\2"),
+    (_CLIP_LAYER + r"attn\.out_proj\.(.*)", _VISION + r"blocks.\1.attn.proj.\2"),
+    (_CLIP_LAYER + r"mlp\.c_fc\.(.*)", _VISION + r"blocks.\1.mlp.fc1.\2"),
+    (_CLIP_LAYER + r"mlp\.c_proj\.(.*)", _VISION + r"blocks.\1.mlp.fc2.\2"),
+    (r"visual_encoder\.(.*)", _VISION + r"\1"),  # timm kept the names of EVA's tower
     (r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight", r"qformer.text_embeddings.\1.weight"),
     (r"Qformer\.bert\.embeddings\.LayerNorm\.(.*)", r"qformer.embedding_norm.\1"),
     (_LAYER + r"attention\.self\.(.*)", r"qformer.blocks.\1.self_attention.\2"),
@@ -53,6 +64,8 @@ RENAMES = [
     (r"Qformer\.cls\.predictions\.transform\.LayerNorm\.(.*)", r"qformer.lm_head.norm.\1"),
     (r"Qformer\.cls\.predictions\.bias", r"qformer.lm_head.bias"),
 ]
+ADDED_DIMENSIONS = {"visual_encoder.class_embedding": 2, "visual_encoder.positional_embedding": 1}
+"""Leading dimensions of 1 that timm's embeddings have and those of LAVIS's CLIP have not."""
 TIED = {
     "Qformer.bert.embeddings.position_ids": "a constant buffer",
     "Qformer.cls.predictions.decoder.weight": "the word embeddings",
@@ -111,7 +124,11 @@ def load_run(folder: Path, name: str) -> LavisRun:
 
 def rename(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Translate LAVIS's names to ours; every name is translated or listed in TIED."""
-    return {our_name(key): tensor for key, tensor in state.items() if key not in TIED}
+    return {
+        our_name(key): tensor[(None,) * ADDED_DIMENSIONS.get(key, 0)]
+        for key, tensor in state.items()
+        if key not in TIED
+    }
 
 
 def our_name(key: str) -> str:
@@ -124,7 +141,7 @@ def our_name(key: str) -> str:
 
 def build_stage1(run: LavisRun) -> Blip2Stage1:
     """Our stage 1 with the recorded weights; its vision encoder takes normalised float images."""
-    model = Blip2Stage1(_vision_encoder(run.facts["args"]), _qformer(run), run.facts["args"]["embed_dim"])
+    model = Blip2Stage1(vision_encoder(run.facts["args"]), _qformer(run), run.facts["args"]["embed_dim"])
     return _load(model, run)
 
 
@@ -136,9 +153,10 @@ def build_stage2(run: LavisRun) -> Blip2Stage2:
         language_model: DecoderOnly | EncoderDecoder = DecoderOnly(fields)
     else:  # newer transformers derive the activation from feed_forward_proj, where LAVIS sets it apart
         language_model = EncoderDecoder(fields, overrides={"dense_act_fn": config["dense_act_fn"]})
-    return _load(Blip2Stage2(_vision_encoder(run.facts["args"]), _qformer(run), language_model), run)
+    return _load(Blip2Stage2(vision_encoder(run.facts["args"]), _qformer(run), language_model), run)
 
 
+TOWERS = {"eva_clip_g": "eva_giant_patch14_clip_224", "clip_L": "vit_large_patch14_clip_quickgelu_224"}
 TEXT_PARTS = ("input_ids", "attention_mask")
 LANGUAGE_MODEL_FIELDS = [
     "model_type", "vocab_size", "bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id",
@@ -169,8 +187,10 @@ def stage2_batch(run: LavisRun) -> Stage2Batch:
     """OPT: one text, of which the first `prompt_length` tokens are the prompt. T5: input and output."""
     image = run.tensors["image"]
     keys = [str(row) for row in range(len(image))]
-    if "text_input/input_ids" in run.tensors:
-        texts = [run.tensors[f"{name}/{part}"] for name in ("text_input", "text_output") for part in TEXT_PARTS]
+    groups = [key.removesuffix("/input_ids") for key in run.tensors if key.endswith("/input_ids")]
+    if len(groups) == 2:
+        source, target = sorted(groups, key=lambda group: "out" in group)
+        texts = [run.tensors[f"{group}/{part}"] for group in (source, target) for part in TEXT_PARTS]
         return Stage2Batch(image, texts[0], texts[1].bool(), texts[2], texts[3].bool(), keys)
     ids, mask = run.tensors["text/input_ids"], run.tensors["text/attention_mask"].bool()
     cut = int(run.tensors.get("prompt_length", torch.zeros(1)))
@@ -183,7 +203,8 @@ def _load(model: Any, run: LavisRun) -> Any:
     return model
 
 
-def _vision_encoder(args: Mapping[str, Any]) -> NormalisedImages:
+def vision_encoder(args: Mapping[str, Any], weights: str | None = None) -> NormalisedImages:
+    """LAVIS's EVA or CLIP tower in timm, at the recorded sizes; random weights if none are given."""
     model_args = {
         "patch_size": args["patch"],
         "embed_dim": args["vit_width"],
@@ -192,7 +213,8 @@ def _vision_encoder(args: Mapping[str, Any]) -> NormalisedImages:
         "mlp_ratio": args["vit_mlp"] / args["vit_width"],
     }
     image = ImageSpec(args["img"], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return NormalisedImages(TimmVisionEncoder("eva_giant_patch14_clip_224", image, layer=-1, model_args=model_args))
+    name = TOWERS[args.get("vit", "eva_clip_g")]
+    return NormalisedImages(TimmVisionEncoder(name, image, layer=-1, weights=weights, model_args=model_args))
 
 
 def _qformer(run: LavisRun) -> QFormer:

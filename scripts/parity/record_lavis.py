@@ -57,6 +57,7 @@ def _arguments() -> Namespace:
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--kind", choices=("stage1", "stage2_opt", "stage2_t5"), default="stage1")
+    parser.add_argument("--vit", choices=("eva_clip_g", "clip_L"), default="eva_clip_g")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--texts", choices=("mixed", "short", "same", "empty"), default="mixed")
     parser.add_argument("--prompt", default="", help="of Blip2OPT; every caption starts with it")
@@ -72,6 +73,8 @@ def _arguments() -> Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args = parser.parse_args()
     args.dropout = 0.0
+    if args.vit == "clip_L":
+        args.vit_mlp = 4 * args.vit_width  # LAVIS leaves no choice
     return args
 
 

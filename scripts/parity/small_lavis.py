@@ -1,7 +1,7 @@
 """LAVIS's BLIP-2 models at sizes of one's choice, with random weights and without the network.
 
-Runs in the environment of `lavis_environment.sh`. LAVIS takes BERT and the LLM from folders written here; the one
-function that is replaced is `create_eva_vit_g`, whose sizes are literals: its class is called with other numbers.
+Runs in the environment of `lavis_environment.sh`. LAVIS takes BERT and the LLM from folders written here; replaced are
+`create_eva_vit_g` and `create_clip_vit_L`, whose sizes are literals: their classes are called with other numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def build(args: Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
     _write_bert(args)
     lavis.blip2.create_eva_vit_g = functools.partial(_small_eva, args)
+    lavis.blip2.create_clip_vit_L = functools.partial(_small_clip, args)
     sizes = {
+        "vit_model": args.vit,
         "img_size": args.img,
         "vit_precision": "fp32",
         "num_query_token": args.queries,
@@ -48,7 +50,8 @@ def build(args: Namespace) -> nn.Module:
     model = builders[args.kind](args, sizes)
     dtype = getattr(torch, args.dtype)
     if dtype == torch.float64:
-        lavis.blip2.LayerNorm.forward = nn.LayerNorm.forward  # LAVIS's casts to float32, against half precision
+        for module in (lavis.blip2, lavis.clip_vit):  # LAVIS's casts to float32, against half precision
+            module.LayerNorm.forward = nn.LayerNorm.forward
     model = model.to(dtype).train()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -118,4 +121,16 @@ def _small_eva(
         drop_path_rate=drop_path_rate,
         norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
         use_checkpoint=use_checkpoint,
+    )
+
+
+def _small_clip(args: Namespace, img_size: int, use_checkpoint: bool, precision: str) -> nn.Module:
+    """As `create_clip_vit_L`: it builds one layer less than it is told, and the inner width is four times `width`."""
+    return lavis.clip_vit.VisionTransformer(
+        input_resolution=img_size,
+        patch_size=args.patch,
+        width=args.vit_width,
+        layers=args.vit_depth + 1,
+        heads=args.vit_heads,
+        use_grad_checkpointing=use_checkpoint,
     )
