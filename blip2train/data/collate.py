@@ -14,6 +14,7 @@ from torch import Tensor
 from blip2train.batch import Sample, Stage1Batch, Stage2Batch
 from blip2train.data.caption import clean_caption, split_prefix_suffix
 from blip2train.data.tokenizer import LanguageModelTokenizer, QFormerTokenizer
+from blip2train.errors import ConfigError
 
 
 class Stage1Collator:
@@ -51,6 +52,8 @@ class Stage2Collator:
         prefix_split: cut the caption in two, uniformly between its first word and its middle: the prefix joins the
             prompt, the rest is the target. A caption of one word has an empty prefix. For encoder-decoder models.
         clean: apply LAVIS's caption cleaning.
+        predict_start: count the start token that opens an unprompted caption among the targets, as LAVIS does with OPT;
+            False: it is the prompt. Not together with `prompt` or `prefix_split`, whose start is never a target.
         seed: of the splits. A split depends on seed, key, caption and augmented pixels alone: repeatable on resume, and
             fresh in every epoch, since the augmentation is.
     """
@@ -62,13 +65,22 @@ class Stage2Collator:
         prompt: str = "",
         prefix_split: bool = False,
         clean: bool = True,
+        predict_start: bool = False,
         seed: int = 0,
     ) -> None:
+        if predict_start and (prompt.strip() or prefix_split or tokenizer.start_id is None):
+            raise ConfigError(
+                f"no start token to predict: prompt {prompt!r}, prefix_split {prefix_split}, "
+                f"start token id {tokenizer.start_id}",
+                where="data.collator.predict_start",
+                fix="false; true is for a decoder-only language model without a caption prompt",
+            )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.prompt = prompt.strip()
         self.prefix_split = prefix_split
         self.clean = clean
+        self.predict_start = predict_start
         self.seed = seed
 
     def __call__(self, samples: list[Sample]) -> Stage2Batch:
@@ -77,8 +89,11 @@ class Stage2Collator:
         separator = self.tokenizer.word_separator
         targets = [f"{separator}{text}" if prompt else text for prompt, text in zip(prompts, texts, strict=True)]
         # the start token opens what a decoder-only model reads; T5 has none, but closes it by its end token
-        prompt_ids, prompt_mask = self.tokenizer.encode_prompt(prompts, self.max_tokens, side="right")
-        target_ids, target_mask = self.tokenizer.encode(targets, self.max_tokens, side="right", add_end=True)
+        encode_prompt = self.tokenizer.encode if self.predict_start else self.tokenizer.encode_prompt
+        prompt_ids, prompt_mask = encode_prompt(prompts, self.max_tokens, side="right")
+        target_ids, target_mask = self.tokenizer.encode(
+            targets, self.max_tokens, side="right", add_end=True, add_start=self.predict_start
+        )
         return Stage2Batch(
             pixel_values=_stack(samples),
             prompt_ids=prompt_ids,

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tiny_model import LLAMA, OPT, QWEN2, T5
+from transformers import AutoTokenizer
 
 from blip2train.checkpoint.io import WEIGHTS
 from blip2train.cli.config import compose
 from blip2train.cli.train import TrainOutcome, train
+from blip2train.microworld.backbone import ASSETS
 from blip2train.run_dir import RunDir
 
 SMALL = {
@@ -49,6 +51,8 @@ def small(preset: str, world: Path, run: Path, *, language_model: str = "", init
         kind = language_model or ("t5" if "t5" in full.llm.path else "opt")
         overrides |= {"model/language_model": "tiny_t5" if kind == "t5" else "tiny_opt"}
         overrides |= {"llm.model.dtype": full.llm.model.dtype, "init_from": init_from}
+        if kind != "t5":
+            overrides["llm.tokenizer.path"] = tokenizer_with_start(run.parent / "tokenizer")
     else:
         overrides["init_qformer"] = "null"  # BERT-base does not fit a tiny Q-Former
     chosen = [f"{key}={value}" for key, value in overrides.items()]
@@ -57,6 +61,14 @@ def small(preset: str, world: Path, run: Path, *, language_model: str = "", init
         with open_dict(config):
             config.llm.model.path_or_config = LANGUAGE_MODELS[kind] | {"vocab_size": WORDS}
     return config
+
+
+def tokenizer_with_start(folder: Path) -> Path:
+    """The micro-world's tokenizer with OPT's habit: one token both starts and ends a text."""
+    tokenizer = AutoTokenizer.from_pretrained(str(ASSETS / "opt"))
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.save_pretrained(str(folder))
+    return folder
 
 
 def train_small(preset: str, world: Path, run: Path, **changes: Any) -> TrainOutcome:
@@ -87,6 +99,7 @@ def settings(config: DictConfig) -> dict[str, Any]:
         for key in ("dropout", "lora", "overrides", "_target_", "dtype"):
             found |= flat(config.llm.model.get(key), f"llm.model.{key}")
         found["llm.prefix_split"] = config.llm.prefix_split
+        found["predict_start"] = config.data.collator.predict_start
     return found
 
 

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import OPT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from blip2train.batch import Sample
 from blip2train.data.collate import Stage1Collator, Stage2Collator
 from blip2train.data.tokenizer import LanguageModelTokenizer, QFormerTokenizer
+from blip2train.errors import ConfigError
+from blip2train.model.language_model.decoder_only import DecoderOnly
+from blip2train.objective.language_modeling import LanguageModelingObjective
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "dog", "and", "cat", "photo", "of", "<s>", "</s>"]
 PAD, CLS, SEP, _, A, DOG, AND, CAT, PHOTO, OF, START, END = range(12)
@@ -69,6 +73,38 @@ def test_stage2_without_a_prompt_keeps_only_the_start_token(
 ) -> None:
     assert Stage2Collator(decoder_only)([sample("a dog")]).prompt_ids.tolist() == [[START]]
     assert Stage2Collator(encoder_decoder)([sample("a dog")]).prompt_ids.shape == (1, 0)
+
+
+def test_the_start_token_of_an_unprompted_caption_is_a_target_when_asked_to(
+    decoder_only: LanguageModelTokenizer, encoder_decoder: LanguageModelTokenizer
+) -> None:
+    batch = Stage2Collator(decoder_only, predict_start=True, max_tokens=4)([sample("a dog and a cat"), sample("dog")])
+    assert batch.prompt_ids.shape == (2, 0)
+    assert batch.target_ids.tolist() == [[START, A, DOG, END], [START, DOG, END, PAD]]
+    for settings in ({"prompt": "a photo of"}, {"prefix_split": True}):
+        with pytest.raises(ConfigError, match="no start token to predict"):
+            Stage2Collator(decoder_only, predict_start=True, **settings)
+    with pytest.raises(ConfigError, match="start token id None"):
+        Stage2Collator(encoder_decoder, predict_start=True)
+
+
+def test_with_the_start_token_as_target_the_loss_is_that_of_transformers_over_every_token(
+    decoder_only: LanguageModelTokenizer,
+) -> None:
+    """The oracle labels as LAVIS does: nothing under the visual prompt, every real token of the caption after it."""
+    torch.manual_seed(0)
+    language_model = DecoderOnly(OPT)
+    batch = Stage2Collator(decoder_only, predict_start=True)([sample("a dog and a cat"), sample("a dog")])
+    visual_B4L = torch.randn(2, 4, language_model.embed_dim)
+    loss = LanguageModelingObjective()(language_model(visual_B4L, batch)).loss
+    model = language_model.model
+    labels = batch.target_ids.masked_fill(~batch.target_mask, -100)
+    expected = model(
+        inputs_embeds=torch.cat([visual_B4L, model.get_input_embeddings()(batch.target_ids)], dim=1),
+        attention_mask=torch.cat([torch.ones(2, 4, dtype=torch.int64), batch.target_mask.long()], dim=1),
+        labels=torch.cat([torch.full((2, 4), -100), labels], dim=1),
+    ).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
 def test_prefix_split_cuts_between_the_first_word_and_the_middle(encoder_decoder: LanguageModelTokenizer) -> None:

@@ -93,6 +93,7 @@ def literal(preset: str) -> dict[str, Any]:
         expected |= {
             "llm.path": LANGUAGE_MODELS[llm], "llm.model.dtype": "bfloat16" if t5 else "float16",
             "llm.prefix_split": t5, "llm.tokenizer.end_token": None if t5 else "\n", "llm.caption_prompt": "",
+            "data.collator.predict_start": source == "lavis" and not t5,
             "llm.question_prompt": f"Question: {{question}} {answer}",
         }  # fmt: skip
         if t5 and source == "lavis":
