@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
+from blip2train.cli.evaluate import load_run_config
 from blip2train.errors import Blip2TrainError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
 
@@ -60,6 +61,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     """
     require_filled(config)
     check.check_train(config)
+    adopt_vision_encoder(config)
 
     import pytorch_lightning as pl
     import torch
@@ -98,6 +100,21 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
         _note_outcome(run, trainer, notes, interrupt.signal_name)
     return TrainOutcome(run, trainer.global_step, interrupt.signal_name)
+
+
+def adopt_vision_encoder(config: DictConfig) -> None:
+    """Where the run of `init_from` read its encoder from a file and this config names none, take that file.
+
+    A converted model brings the encoder it was trained with; the one that timm downloads may be another.
+    """
+    if config.init_from in (None, "scratch"):
+        return
+    before = load_run_config(RunDir.open(config.init_from, where="init_from=")).model.vision_encoder
+    own = config.model.vision_encoder
+    if not before.get("weights") or own.get("weights"):
+        return
+    own.weights, own.pretrained = str(Path(before.weights).absolute()), False
+    log.info("vision encoder: %s, as in the run of init_from", own.weights)
 
 
 def build_module(config: DictConfig, load: WeightLoader | None) -> pl.LightningModule:

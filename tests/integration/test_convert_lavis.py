@@ -266,6 +266,10 @@ def test_a_converted_stage1_starts_stage2(stage1: LavisRun, tmp_path: Path, labo
     same = [item for item in described(stage1, 2) if not item.startswith("experiment=")]
     outcome = laboratory.train("microworld_stage2_opt", tmp_path / "stage2", f"init_from={tmp_path}/ours", *same)
     assert outcome.step == 4
+    later = laboratory.train("microworld_stage2_opt", tmp_path / "more", f"init_from={outcome.run.path}", *same)
+    model: Any = load_model(load_run_config(later.run), later.run)
+    for name, tensor in model.vision_encoder.backbone.state_dict().items():  # LAVIS's encoder, not another one
+        assert torch.equal(tensor, state_of(stage1)[f"visual_encoder.{name}"]), name
 
 
 @pytest.mark.parametrize(("blocks", "in_checkpoint"), [("all", 2), ("1", 1)])
