@@ -34,6 +34,9 @@ Record = tuple[dict[str, Tensor], dict[str, Any]]
 PASSES = ("query", "text", "itm", "itg")
 """LAVIS's four calls of Qformer.bert in stage 1, in its order; stage 2 makes the first alone."""
 
+NOT_SHOWN = ("target", "name", "leave_out", "save", "load")
+"""Arguments that say nothing of the model or its batch."""
+
 
 def main() -> None:
     args = _arguments()
@@ -48,7 +51,7 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     kept = {key: item.contiguous() for key, item in tensors.items() if key.split("/")[0] not in args.leave_out}
     save_file(kept, target / f"{args.name}.safetensors")
-    shown = {key: value for key, value in vars(args).items() if key not in ("target", "name", "leave_out")}
+    shown = {key: value for key, value in vars(args).items() if key not in NOT_SHOWN}
     (target / f"{args.name}.json").write_text(json.dumps({"args": shown, **facts}, indent=1) + "\n")
 
 
@@ -63,6 +66,8 @@ def _arguments() -> Namespace:
     parser.add_argument("--prompt", default="", help="of Blip2OPT; every caption starts with it")
     parser.add_argument("--temperature", type=float, default=0.07)
     parser.add_argument("--leave-out", nargs="*", default=[], help="groups of tensors not to write, e.g. after_adamw")
+    parser.add_argument("--save", type=Path, help="where LAVIS's runner is to put checkpoint_0.pth, before the step")
+    parser.add_argument("--load", type=Path, help="a checkpoint that LAVIS reads before the step, over wiped weights")
     parser.add_argument("--same-images", type=int, default=0, help="this many images are copies of the first")
     sizes = {
         "seed": 0, "ranks": 1, "batch": 6, "img": 32, "patch": 16, "vit_width": 16, "vit_depth": 2, "vit_heads": 2,
@@ -73,6 +78,7 @@ def _arguments() -> Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args = parser.parse_args()
     args.dropout = 0.0
+    args.save, args.load = (None if path is None else path.resolve() for path in (args.save, args.load))
     if args.vit == "clip_L":
         args.vit_mlp = 4 * args.vit_width  # LAVIS leaves no choice
     return args
@@ -91,6 +97,10 @@ def _run(rank: int, args: Namespace, folder: str) -> Record:
     own_folder.mkdir()
     os.chdir(own_folder)
     model = build(args)
+    if args.load is not None:
+        _load(model, args.load)
+    if args.save is not None:
+        _save(model, args.save)
     record = _step(model, _samples(model, args, rank), args)
     dist.barrier()
     dist.destroy_process_group()
@@ -216,6 +226,30 @@ def _match_scores(model: nn.Module, samples: dict[str, Any], args: Namespace) ->
     ]
     heads = {head: [lavis.Blip2ITM.forward(model, pair, match_head=head) for pair in pairs] for head in ("itm", "itc")}
     return {f"match/{head}": torch.cat(scores) for head, scores in heads.items()}
+
+
+@torch.no_grad()
+def _load(model: nn.Module, path: Path) -> None:
+    """Wipe what trains and let LAVIS read a checkpoint, as it does before evaluation or fine-tuning."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.fill_(0.5)
+    message = model.load_checkpoint(str(path))
+    assert not message.unexpected_keys, message.unexpected_keys
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """What LAVIS's runner writes at the end of an epoch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runner = Namespace(
+        model=model,
+        optimizer=_lavis_optimizer(model),
+        config=Namespace(to_dict=lambda: {"run": {"init_lr": 1e-4}}),
+        scaler=None,
+        output_dir=str(folder),
+        unwrap_dist_model=lambda wrapped: wrapped,
+    )
+    lavis.RunnerBase._save_checkpoint(runner, cur_epoch=0)
 
 
 def _lavis_optimizer(model: nn.Module) -> torch.optim.Optimizer:

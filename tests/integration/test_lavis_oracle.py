@@ -24,6 +24,7 @@ from lavis_comparison import (
     stage1_step,
 )
 from lavis_parity import TOWERS, LavisRun, build_stage1, build_stage2, load_run, stage1_batch, vision_encoder
+from test_convert_lavis import assert_same_file, described, run_convert
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +129,32 @@ def test_stage2(record: Record, options: str) -> None:
 def test_stage1_on_two_ranks(record: Record, tmp_path: Path) -> None:
     record("--ranks 2 --dtype float64 --batch 3 --seed 41")
     assert_two_ranks(tmp_path, "run", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["stage1", "stage2_opt", "stage2_t5"])
+def test_a_checkpoint_that_lavis_wrote_comes_back_bit_by_bit_and_lavis_computes_the_same(
+    record: Record, tmp_path: Path, kind: str
+) -> None:
+    """LAVIS's runner saves, `convert` takes the file in and out, LAVIS reads it over wiped weights and steps again."""
+    options = f"--kind {kind} --max-positions 512 --seed 51"
+    before = record(f"{options} --save {tmp_path}/lavis")
+    source, ours, back = tmp_path / "lavis" / "checkpoint_0.pth", tmp_path / "ours", tmp_path / "back.pth"
+    run_convert("from=lavis", "to=blip2train", f"source={source}", f"target={ours}", *_description(before, kind))
+    run_convert("from=blip2train", "to=lavis", f"source={ours}", f"target={back}")
+    assert_same_file(back, torch.load(source, weights_only=True)["model"])
+    after = record(f"{options} --load {back}")
+    assert after.facts["loss"] == before.facts["loss"]
+    assert_close_to(after.ours("grads"), before.ours("grads"), 0.0)
+
+
+def _description(run: LavisRun, kind: str) -> list[str]:
+    if kind == "stage1":
+        return described(run, 1)
+    width = run.facts["args"]["lm_width"]
+    fields = {"stage2_opt": ("hidden_size", "word_embed_proj_dim"), "stage2_t5": ("d_model",)}[kind]
+    tiny = kind.replace("stage2", "tiny")
+    sizes = [f"llm.architecture.{field}={width}" for field in fields]
+    return [*described(run, 2), f"model/language_model={tiny}", *sizes, "llm.path=of-the-recording"]
 
 
 @pytest.mark.parametrize("options", ["--queries 1", "--batch 1"])
