@@ -146,7 +146,7 @@ def explain_overrides(config_name: str, arguments: list[str]) -> list[str]:
     """For each dotted override that names no existing key: which keys exist there, and the closest one."""
     given = [item for item in arguments if "=" in item and item[0] not in "-+~"]
     groups = [item for item in given if _is_group(item.split("=", 1)[0])]
-    values = [item.split("=", 1)[0] for item in given if item not in groups]
+    values = [item.split("=", 1)[0] for item in given if item not in groups and not item.startswith("hydra.")]
     try:
         register_resolvers()
         GlobalHydra.instance().clear()

@@ -47,6 +47,7 @@ LAVIS = {
     "optim.min_lr": 1e-5, "optim.schedule": "epoch_staircase", "optim.no_decay": "lavis", "seed": 42,
     "trainer.gradient_clip_val": None, "trainer.precision": "16-mixed", "model.vision_encoder.image.size": 224,
     "model.qformer.num_queries": 32, "data.collator.max_tokens": 32, "model.ln_vision_eps": 1e-5,
+    "model.qformer.initializer_range": 0.02,
     "data.datasets.visual_genome.transform.augment.num_ops": 2,
     "data.datasets.visual_genome.transform.augment.magnitude": 5, "data.datasets.coco.transform.augment": None,
     "data.datasets.coco.transform.scale": [0.5, 1.0], "data.datasets.visual_genome.transform.scale": [0.5, 1.0],

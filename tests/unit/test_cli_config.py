@@ -70,3 +70,9 @@ def test_help_is_quick_and_names_every_verb() -> None:
 def test_unknown_verb_suggests_the_closest() -> None:
     done = subprocess.run([sys.executable, "-m", "blip2train.cli.main", "trian"], capture_output=True, text=True)
     assert done.returncode == 2 and "did you mean 'train'?" in done.stderr
+
+
+def test_hints_leave_out_what_hydra_itself_takes() -> None:
+    """`show` adds overrides of its own to a reader's; only the reader's mistake is explained."""
+    hints = explain_overrides("train", ["experiment=microworld_stage1", "optim.lrr=1", "hydra.run.dir=."])
+    assert len(hints) == 1 and hints[0].startswith("optim.lrr: there is no 'lrr' in optim")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -89,6 +90,14 @@ def test_every_published_row_has_a_source_a_value_and_a_key_that_a_preset_has() 
         for key in set(keys) - may_be_absent:
             parent, leaf = key.rpartition(".")[::2]
             assert leaf in (OmegaConf.select(config, parent) if parent else config), key
+
+
+def test_the_command_prints_the_table_for_a_preset_that_waits_for_values(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "blip2train.cli.show", "paper-diff", "experiment=lavis/stage2_vitg_opt_2_7b"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "differs from LAVIS in 0 of" in done.stdout and "differs from the paper in 8 of" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_needs_no_torch() -> None:
