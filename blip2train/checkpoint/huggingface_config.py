@@ -34,6 +34,7 @@ _NO_SHAPE = (
     "architectures",
     "dtype",
 )
+_PATCH_EMBEDDING = {"patch_embed.proj.weight", "patch_embed.proj.bias"}
 _FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -293,7 +294,9 @@ def _network_problems(network: VisionNetwork) -> list[str]:
         "a final norm besides ln_vision: there is one norm after the blocks": any(n.startswith("norm.") for n in names),
         "no ln_vision: transformers always normalises the image tokens": not network.has_ln_vision,
         "no class token": getattr(backbone, "cls_token", None) is None,
-        f"a patch embedding of its own ({embedding}), not one convolution": "patch_embed.proj.weight" not in names,
+        f"a patch embedding of its own ({embedding}), not one convolution": (
+            {name for name in names if name.startswith("patch_embed.")} != _PATCH_EMBEDDING
+        ),
         "rotary position embeddings": getattr(backbone, "rope", None) is not None,
         "an activation other than exact GELU": not exact or len(activations) != len(backbone.blocks),
         f"LayerNorms with several epsilons {sorted(epsilons)}": len(epsilons) > 1,
@@ -316,7 +319,7 @@ def _known_names(backbone: Any) -> set[str]:
         leaves.append("attn.qkv.bias")
     leaves += [f"{part}.{leaf}" for part in ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
                for leaf in ("weight", "bias")]  # fmt: skip
-    names = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    names = {"cls_token", "pos_embed", *_PATCH_EMBEDDING}
     return names | {f"blocks.{i}.{leaf}" for i in range(len(backbone.blocks)) for leaf in leaves}
 
 

@@ -111,12 +111,6 @@ def _vision_network(export: Export) -> settings.VisionNetwork:
             where=str(export.run.config_path),
             fix="transformers' Blip2 holds a plain ViT alone; keep this run in blip2train's form",
         )
-    if export.config.model.vision_encoder.get("final_norm"):
-        raise ConfigError(
-            "the encoder's final norm comes before ln_vision; Blip2VisionModel has one norm after the blocks",
-            where="model.vision_encoder.final_norm",
-            fix="keep this run in blip2train's form",
-        )
     has_norm = isinstance(norm, nn.LayerNorm)
     return settings.VisionNetwork(encoder.backbone, encoder.image.size, has_norm, norm.eps if has_norm else 0.0)
 
@@ -223,7 +217,7 @@ def _add_language_model(export: Export, theirs: Any, tensors: Tensors, folder: P
 def _language_model_state(export: Export) -> dict[str, Tensor]:
     """Every tensor of the language model, by its own names: from parts/, else from where the run took it."""
     own = export.run.path / PARTS / LANGUAGE_MODEL
-    if own.is_dir() and Path(export.config.llm.path).resolve() == own.resolve():
+    if Path(str(export.config.model.language_model.path_or_config)) == own and own.is_dir():
         return read_state(own)
     return dict(build(export.config.model.language_model).model.state_dict())
 

@@ -13,8 +13,11 @@ from huggingface_world import (
     language_model_tokenizer,
     qformer_tokenizer,
     randomise,
+    save_retrieval,
+    saved_tensors,
 )
 from omegaconf import OmegaConf
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_convert_huggingface import our_model, pixels, run_convert
 from torch import Tensor, nn
@@ -30,6 +33,9 @@ from transformers import (
 from blip2train.batch import Stage2Batch
 from blip2train.checkpoint.io import save_checkpoint
 from blip2train.cli.config import build, compose, resolved_yaml
+from blip2train.cli.convert import convert
+from blip2train.cli.evaluate import load_run_config
+from blip2train.data.image_transform import EvalTransform, decode_image
 from blip2train.errors import ConfigError
 from blip2train.model.language_model.base import GenerationSettings
 from blip2train.run_dir import RunDir
@@ -231,3 +237,51 @@ def test_one_epsilon_in_transformers(tmp_path: Path) -> None:
     assert any("epsilon is 1e-05" in note for note in report.notes)
     run_convert("huggingface", "blip2train", tmp_path / "out", tmp_path / "back")
     assert OmegaConf.load(tmp_path / "back" / "config.yaml").model.ln_vision_eps == 1e-5
+
+
+def test_the_micro_world_is_refused_with_every_reason(tmp_path: Path) -> None:
+    """Its encoder has a stem of convolutions and a final norm: no Blip2VisionModel computes that."""
+    config = compose("train", ["experiment=microworld_stage1"])
+    run = RunDir(tmp_path / "run")
+    save_checkpoint(build(config.model), run.checkpoints / "step-0000000", {"stage": 1, "name": "x", "step": 0})
+    run.config_path.write_text(resolved_yaml(config))
+    with pytest.raises(ConfigError, match=r"(?s)final norm besides ln_vision.*ConvStem"):
+        run_convert("blip2train", "huggingface", run.path, tmp_path / "out")
+
+
+def test_a_lora_run_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    save_language_model(tmp_path / "llm", "opt", 64, framed=True)
+    own = ["model/language_model=opt_2_7b", f"llm.path={tmp_path / 'llm'}", "llm.model.dtype=float32"]
+    write_run(tmp_path / "run", 2, *own, "llm.tokenizer.end_token=null", "llm.model.lora={r:2,alpha:4}")
+    with pytest.raises(ConfigError, match="LoRA"):
+        run_convert("blip2train", "huggingface", tmp_path / "run", tmp_path / "out")
+
+
+def test_by_way_of_lavis(tmp_path: Path) -> None:
+    """transformers -> LAVIS's file -> transformers, each through our form: every tensor bit-equal."""
+    save_retrieval(tmp_path / "source")
+    run_convert("huggingface", "blip2train", tmp_path / "source", tmp_path / "run")
+    run_convert("huggingface", "lavis", tmp_path / "source", tmp_path / "model.pth")
+    described = load_run_config(RunDir.open(tmp_path / "run"))
+    config = compose("convert", ["experiment=microworld_stage1", "from=lavis", "to=huggingface",
+                                 f"source={tmp_path / 'model.pth'}", f"target={tmp_path / 'back'}"])  # fmt: skip
+    for part in ("model", "tokenizer"):
+        config[part] = OmegaConf.create(OmegaConf.to_container(described[part], resolve=True))
+    convert(config)
+    assert_bit_equal(saved_tensors(tmp_path / "source"), saved_tensors(tmp_path / "back"))
+
+
+def test_the_processor_makes_our_pixels(exported_stage1: Path, shared_data: Path) -> None:
+    """Photographs of any size: transformers' processor and our transform agree within one grey level."""
+    processor = AutoProcessor.from_pretrained(exported_stage1 / "out")
+    model, _ = our_model(exported_stage1 / "run")
+    encoder = model.vision_encoder
+    photos = sorted((shared_data / "photos").rglob("*.jpg"))[:6]
+    assert photos
+    for path in photos:
+        ours = EvalTransform(encoder.image)(decode_image(path.read_bytes()), None)
+        theirs = processor(images=Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+        grey = (theirs * encoder.std + encoder.mean).round()
+        assert (grey - ours).abs().max() <= 1
+        assert (theirs - (ours - encoder.mean) / encoder.std).abs().max() < 0.02
