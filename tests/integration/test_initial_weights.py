@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForPreTraining
 
+from blip2train.checkpoint.io import WEIGHTS, find_checkpoint
 from blip2train.cli.config import build
+from blip2train.cli.evaluate import load_model, load_run_config
 from blip2train.cli.initial_weights import InitialWeights
 from blip2train.data.tokenizer import QFormerTokenizer
 from blip2train.errors import CheckpointError, ConfigError
@@ -67,6 +70,23 @@ def test_a_vision_encoder_that_trains_has_its_own_origin(laboratory, stage1_run:
     _, report = fill(config)
     assert report.names("pretrained") and all(n.startswith("vision_encoder.") for n in report.names("pretrained"))
     assert report.names("random") == ["projection.bias", "projection.weight"]
+
+
+def test_a_vision_encoder_trained_in_stage1_stays_so_when_stage2_freezes_it(laboratory, tmp_path: Path) -> None:
+    """Trained in one run, frozen in the next: training, resuming and evaluating the next all see the trained one."""
+    name = "vision_encoder.backbone.blocks.2.mlp.fc1.weight"
+    trains = ["++model.vision_encoder.trainable_blocks=1", "optim.lr=0.01"]
+    first = laboratory.train("microworld_stage1", tmp_path / "first", *trains).run
+    trained = load_file(find_checkpoint(first) / WEIGHTS)[name]
+    settings = [f"init_from={first.path}", "checkpoint.every_steps=2", "checkpoint.keep_last=0"]
+    second = laboratory.train("microworld_stage2_opt", tmp_path / "second", *settings).run
+    assert read_json(second.init_path)["origins"][name] == "checkpoint"
+    shutil.rmtree(second.checkpoints / "step-0000004")
+    laboratory.train("microworld_stage2_opt", second.path, *settings)
+    assert find_checkpoint(second).name == "step-0000004"
+    model = load_model(load_run_config(second), second)
+    assert torch.equal(model.get_parameter(name), trained) and not model.get_parameter(name).requires_grad
+    assert not torch.equal(trained, build(load_run_config(second).model).get_parameter(name))
 
 
 def test_a_run_from_bert_records_it_and_resumes_from_its_checkpoint(
