@@ -130,28 +130,35 @@ def model_config(config: DictConfig) -> DictConfig:
     return described
 
 
-def write_run_config(
-    folder: Path, config: DictConfig, changes: Mapping[str, Any], model: nn.Module, *, facts: Mapping[str, Any]
-) -> None:
-    """Write config.yaml and manifest.json of a converted run.
+def write_run_config(folder: Path, config: DictConfig, changes: Mapping[str, Any]) -> None:
+    """Write config.yaml of a converted run.
 
     Args:
         folder: the run folder to be.
         config: a training config.
         changes: by key, e.g. the path of a part as "${run_dir}/parts/...", which holds wherever the folder moves.
-        model: as described by `config`; its parameters are counted.
-        facts: where the weights came from, for the manifest.
     """
-    from blip2train.callback.provenance import describe_run
-    from blip2train.model.freezing import count_parameters
-
     whole = OmegaConf.create(resolved_yaml(config))
     for key, value in {"run_dir": ".", **changes}.items():
         OmegaConf.update(whole, key, value)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(whole), encoding="utf-8")
+
+
+def write_manifest(folder: Path, seed: int, model: nn.Module, *, facts: Mapping[str, Any]) -> None:
+    """Write manifest.json of a converted run.
+
+    Args:
+        folder: the run folder to be.
+        seed: of its config.
+        model: as its config describes it; its parameters are counted.
+        facts: where the weights came from: "from" (the format), "file", "steps".
+    """
+    from blip2train.callback.provenance import describe_run
+    from blip2train.model.freezing import count_parameters
+
     trainable, frozen = count_parameters(model)
-    counts = {"trainable_parameters": trainable, "frozen_parameters": frozen, "steps": facts.get("steps", 0)}
-    origin = describe_run(seed=config.seed, command=sys.argv, shards=[])
+    counts = {"trainable_parameters": trainable, "frozen_parameters": frozen, "steps": facts["steps"]}
+    origin = describe_run(seed=seed, command=sys.argv, shards=[])
     write_json(folder / "manifest.json", origin | counts | {"converted": dict(facts)})
 
 
@@ -166,7 +173,8 @@ def _run_steps(config: DictConfig, steps: list[str], source: Path, folder: Path)
     finally:
         shutil.rmtree(between, ignore_errors=True)
     second.notes = [*first.notes, *second.notes]
-    second.not_held = [*first.not_held, *second.not_held]
+    left = [f"{name}: only {config['from']} knows it" for name in first.kept_aside]
+    second.not_held = [*first.not_held, *left, *second.not_held]
     return second
 
 

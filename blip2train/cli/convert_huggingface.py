@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
-from blip2train.callback.provenance import describe_run
 from blip2train.checkpoint import huggingface_config as settings
 from blip2train.checkpoint.converted import (
     LANGUAGE_MODEL,
@@ -43,6 +41,7 @@ from blip2train.checkpoint.huggingface_folder import (
 from blip2train.checkpoint.huggingface_text import forget_image_token, tokenizer_settings
 from blip2train.cli.check import stage_number
 from blip2train.cli.config import compose, resolved_yaml
+from blip2train.cli.convert import write_manifest
 from blip2train.cli.convert_huggingface_out import to_huggingface
 from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.meta import build_meta
@@ -95,8 +94,9 @@ def from_huggingface(config: DictConfig, source: Path, folder: Path) -> Conversi
     _write_text_parts(read, folder, report)
     write_converted(folder, model, stage=STAGES[kind], name=described["name"])
     _write_config(described, read, model, folder, report)
-    write_json(RunDir(folder).manifest_path, describe_run(seed=described["seed"], command=sys.argv, shards=[]))
-    _check_fits(RunDir(folder), model, read)
+    built = _check_fits(RunDir(folder), model, read)
+    facts = {"from": "huggingface", "file": source.name, "steps": model.step}
+    write_manifest(folder, described["seed"], built, facts=facts)
     report.parts |= {"trainable": len(model.state), "vision encoder": len(model.vision)}
     report.kept_aside += sorted(model.extra)
     return report
@@ -296,8 +296,11 @@ def _format(tensors: list[Tensor]) -> str:
     return settings.name_of(formats.pop()) if len(formats) == 1 else "float32"
 
 
-def _check_fits(run: RunDir, model: ConvertedModel, read: Source) -> None:
+def _check_fits(run: RunDir, model: ConvertedModel, read: Source) -> nn.Module:
     """Build the described model on the meta device and compare every name and shape with what was written.
+
+    Returns:
+        The model, for its counts.
 
     Raises:
         CheckpointError: lists what is missing, surplus or of another shape.
@@ -318,6 +321,7 @@ def _check_fits(run: RunDir, model: ConvertedModel, read: Source) -> None:
             where=str(read.folder),
             fix="download the folder again; nothing was written",
         )
+    return built
 
 
 def _differences(wanted: dict[str, Tensor], found: dict[str, Tensor], optional: set[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
-from blip2train.cli.convert import LAVIS_FILE, model_config, write_run_config
+from blip2train.cli.convert import LAVIS_FILE, model_config, write_manifest, write_run_config
 from blip2train.cli.evaluate import load_run_config
 from blip2train.errors import CheckpointError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
@@ -70,7 +70,8 @@ def from_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionRepo
     checkpoint = write_converted(folder, parts.model, stage=stage, name=described.name)
     load_weights(meta, checkpoint / WEIGHTS)  # strict, on shapes alone
     changes = _write_backbones(parts, described, folder)
-    write_run_config(folder, described, changes, meta, facts={"from": "lavis", "file": path.name, "steps": file.step})
+    write_run_config(folder, described, changes)
+    write_manifest(folder, described.seed, meta, facts={"from": "lavis", "file": path.name, "steps": file.step})
     report = ConversionReport(describe(parts), list(parts.model.extra))
     report.not_held = [f"{name}: LAVIS's own state for resuming" for name in file.left_behind]
     if not parts.model.vision:
@@ -103,7 +104,7 @@ def to_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionReport
     if came_from_lavis and weights.is_file():
         parts.language_model = load_tensors(weights)
     elif parts.kind is not None and not came_from_lavis:
-        report.not_held.append(f"the language model: LAVIS reads its own, name it as {parts.kind}_model")
+        report.not_held.append(f"the language model: LAVIS loads its own, as {parts.kind}_model")
     eps = trained.model.get("ln_vision_eps", LN_VISION_EPS)
     if eps != LN_VISION_EPS:
         report.not_held.append(f"ln_vision_eps {eps}: LAVIS's is {LN_VISION_EPS}, so its image tokens differ a little")

@@ -323,3 +323,18 @@ def test_a_full_disk_leaves_nothing_behind(
         run_convert("from=lavis", "to=blip2train", f"source={tmp_path}/file.pth", f"target={tmp_path}/ours",
                     *described(stage1, 1))  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pth"]
+
+
+def test_lavis_and_transformers_meet_in_our_form(stage1: LavisRun, tmp_path: Path) -> None:
+    """What transformers cannot hold (temperature, [DEC] head) waits in its side file, so LAVIS gets all of it back."""
+    state = state_of(stage1)
+    torch.save({"model": state}, tmp_path / "file.pth")
+    run_convert("from=lavis", "to=huggingface", f"source={tmp_path}/file.pth", f"target={tmp_path}/theirs",
+                *described(stage1, 1))  # fmt: skip
+    assert not list((tmp_path / "theirs").glob("between*"))
+    run_convert("from=huggingface", "to=lavis", f"source={tmp_path}/theirs", f"target={tmp_path}/back")
+    found = torch.load(tmp_path / "back" / "model.pth")["model"]
+    assert set(found) == set(state)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert "file.pth" not in (tmp_path / "back" / "README.md").read_text()
+    assert "theirs (huggingface)" in (tmp_path / "back" / "README.md").read_text()
