@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tiny_model import LLAMA, OPT, QWEN2, T5
 from transformers import AutoTokenizer
 
 from blip2train.checkpoint.io import WEIGHTS
-from blip2train.cli.config import compose
+from blip2train.cli.config import build, compose
+from blip2train.cli.meta import build_meta
 from blip2train.cli.train import TrainOutcome, train
 from blip2train.microworld.backbone import ASSETS
 from blip2train.run_dir import RunDir
@@ -142,6 +144,31 @@ def test_the_papers_second_stage_trains_with_another_language_model(
     check_run(preset, outcome)
     recorded = OmegaConf.load(outcome.run.config_path)
     assert recorded.llm.model.path_or_config.model_type == language_model
+
+
+@pytest.mark.parametrize(
+    ("source", "activation", "dropout"), [("lavis", "GELUActivation", True), ("paper", "NewGELUActivation", False)]
+)
+def test_the_full_flan_t5_computes_as_its_preset_says(source: str, activation: str, dropout: bool) -> None:
+    """On the meta device: LAVIS puts exact gelu into Flan-T5 and leaves its dropout on; the paper's stays as it is."""
+    preset = f"{source}/stage2_vitg_flan_t5_xl"
+    model = build_meta(compose("train", [f"experiment={preset}", "run_dir=x", "init_from=scratch"])).train()
+    language_model = model.get_submodule("language_model")
+    layers = [part for name, part in language_model.named_modules() if name.endswith("DenseReluDense")]
+    activations = {type(layer.act).__name__ for layer in layers}
+    assert len(layers) == 48 and activations == {activation}
+    rates = {part.p for part in language_model.modules() if isinstance(part, torch.nn.Dropout)}
+    on = {part.training for part in language_model.modules() if isinstance(part, torch.nn.Dropout)}
+    assert rates == {0.1} and on == {dropout}
+
+
+def test_lavis_augments_visual_genome_and_not_coco() -> None:
+    config = compose("train", ["experiment=lavis/stage1_vitg", "run_dir=x"])
+    transforms = {name: build(item.transform) for name, item in config.data.datasets.items()}
+    assert transforms["coco"].augment is None
+    augment = transforms["visual_genome"].augment
+    assert (augment.num_ops, augment.magnitude, len(augment.operations)) == (2, 5.0, 10)
+    assert "auto_contrast_lavis" in augment.operations
 
 
 def test_no_preset_is_forgotten() -> None:
