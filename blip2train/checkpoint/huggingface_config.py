@@ -68,8 +68,6 @@ def read_config(raw: Mapping[str, Any], kind: Kind, where: str) -> Blip2Config:
             f"not a config that transformers reads: {error}", where=where, fix="save the model again"
         ) from error
     problems = [*_vision_problems(config.vision_config), *_qformer_problems(config.qformer_config, kind)]
-    if kind == "generation" and config.image_token_index is None:
-        problems.append("image_token_index is null: transformers' own forward fails without it")
     if problems:
         raise CheckpointError(
             f"{len(problems)} unsupported settings:\n    " + "\n    ".join(problems),
@@ -97,11 +95,14 @@ def _qformer_problems(qformer: Any, kind: Kind) -> list[str]:
     return [problem for problem, found in problems.items() if found]
 
 
-def training_notes(config: Blip2Config) -> list[str]:
-    """Settings that only training reads, where ours has none of its own."""
+def config_notes(config: Blip2Config, kind: Kind) -> list[str]:
+    """Settings that do not change what ours computes, but are worth a word: those that only training reads, for one."""
     qformer, vision = config.qformer_config, config.vision_config
     hidden, attention = qformer.hidden_dropout_prob, qformer.attention_probs_dropout_prob
     notes = {
+        "its config has no image_token_index: transformers 5 cannot run it, ours needs none": (
+            kind == "generation" and config.image_token_index is None
+        ),
         f"the Q-Former's dropout is {hidden} and {attention} on attention; ours takes {hidden} for both": (
             hidden != attention
         ),

@@ -88,7 +88,7 @@ def from_huggingface(config: DictConfig, source: Path, folder: Path) -> Conversi
     side = read_json_file(source / SIDE_FACTS) if (source / SIDE_FACTS).is_file() else {}
     tensors = to_ours(read_state(source), kind, str(source), side.get("eva"))
     read = Source(source, kind, raw, theirs, read_image_processor(source), side, tensors)
-    report = ConversionReport(notes=[*settings.training_notes(theirs)])
+    report = ConversionReport(notes=[*settings.config_notes(theirs, kind)])
     report.notes += settings.processor_notes(read.processor, theirs.vision_config.image_size)
     model = _converted(read, report)
     _write_text_parts(read, folder, report)

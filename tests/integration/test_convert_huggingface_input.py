@@ -17,9 +17,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_convert_huggingface import our_model, pixels, run_convert
 from torch import nn
-from transformers import AutoProcessor, Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    OPTConfig,
+    T5Config,
+)
 
 from blip2train.checkpoint.huggingface import NOT_HELD, fuse_qkv_bias, split_qkv_bias, to_ours, to_theirs
+from blip2train.checkpoint.huggingface_text import tokenizer_settings
 from blip2train.checkpoint.io import find_checkpoint
 from blip2train.cli.config import compose
 from blip2train.cli.evaluate import evaluate, load_run_config
@@ -114,7 +123,6 @@ def test_a_pickle_is_read_without_running_code(opt: Path, tmp_path: Path) -> Non
         ({"qformer_config": {"hidden_size": 27}}, r"\(1, 4, 24\)"),
         ({"vision_config": {"num_hidden_layers": 3}}, "vision encoder: missing: blocks.2"),
         ({"text_config": {"num_hidden_layers": 3}}, "language model: missing: model.decoder.layers.2"),
-        ({"image_token_index": None}, "image_token_index is null"),
     ],
 )
 def test_settings_and_weights_that_do_not_fit(opt: Path, tmp_path: Path, changes: dict[str, Any], match: str) -> None:
@@ -204,6 +212,38 @@ def test_every_tensor_of_the_released_sizes_has_a_name(kind: Any) -> None:
     assert {name: tensor.shape for name, tensor in again.items()} == {n: t.shape for n, t in theirs.items()}
     assert len(ours.vision) == 39 * 13 + 4
     assert not set(ours.trained) & set(NOT_HELD)
+
+
+def test_an_old_config_without_image_token_and_other_dropouts(opt: Path, tmp_path: Path) -> None:
+    """What ours needs not, or only training reads, is a note; the source's values return."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in opt.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    edit_config(source, image_token_index=None, qformer_config={"attention_probs_dropout_prob": 0.3})
+    report = run_convert("huggingface", "blip2train", source, tmp_path / "run")
+    assert len(report.notes) == 2
+    run_convert("blip2train", "huggingface", tmp_path / "run", tmp_path / "back")
+    raw = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert raw["qformer_config"]["attention_probs_dropout_prob"] == 0.3
+    assert raw.get("image_token_index") is None
+
+
+def test_opt_ends_by_a_line_break_and_t5_closes_prompts(shared_data: Path, tmp_path: Path) -> None:
+    """On the published tokenizers: the released OPT models' eos is a line break, T5's tokenizer ends every text."""
+    names = {"vocab.json": "opt_vocab.json", "merges.txt": "opt_merges.txt"}
+    for name, stored in names.items():
+        (tmp_path / name).write_bytes((shared_data / "tokenizers" / "gpt2_opt" / stored).read_bytes())
+    specials = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **specials}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    opt = AutoTokenizer.from_pretrained(tmp_path)
+    found = tokenizer_settings(opt, OPTConfig(eos_token_id=50118))
+    assert found["end_token"] == "\n" and not found["close_prompt"]
+    assert found["open_prompt"] == (opt("a")["input_ids"][0] == 2)
+    t5 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "t5")
+    expected = {"end_token": None, "open_prompt": False, "close_prompt": True}
+    assert tokenizer_settings(t5, T5Config(eos_token_id=1)) == expected
 
 
 def test_biases_split_and_fuse() -> None:
