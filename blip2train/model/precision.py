@@ -61,6 +61,9 @@ PRECISION: Mapping[tuple[Part, bool], Policy] = {
 }
 """(part, trains) -> policy. float16 on a CPU is allowed, and slow."""
 
+_TRAINED_PARTS: Mapping[str, Part] = {"vision_encoder": "vision_encoder", "language_model": "lora"}
+"""What may train inside a submodule of the model; everything else belongs to the Q-Former and its heads."""
+
 TRAINER_PRECISION = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 """Lightning's precisions that leave trained weights in float32 or better; the others store them in half precision."""
 
@@ -107,11 +110,12 @@ def check_masters(model: nn.Module) -> None:
     Raises:
         ConfigError: a trainable parameter is not float32 or better; names the first ones.
     """
-    half = [
-        f"{name} {str(parameter.dtype).removeprefix('torch.')}"
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.element_size() < 4
-    ]
+    half = []
+    for name, parameter in model.named_parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        policy = PRECISION[_TRAINED_PARTS.get(name.split(".")[0], "qformer"), True]
+        if parameter.requires_grad and dtype not in (*policy.allowed, "float64"):
+            half.append(f"{name} {dtype}")
     if half:
         raise ConfigError(
             f"{len(half)} trainable tensors in half precision ({', '.join(half[:3])}): {_MASTER}",

@@ -1,6 +1,7 @@
 """The Q-Former from BERT: our text passes equal transformers' BERT, and every tensor on both sides is explained."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import random_text, tiny_qformer
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTrainedModel
 
+from blip2train.data.tokenizer import QFormerTokenizer
 from blip2train.errors import CheckpointError, ConfigError
 from blip2train.model.qformer.bert_checkpoint import read_bert
 from blip2train.model.qformer.bert_init import init_from_bert
@@ -286,6 +288,18 @@ def test_another_vocabulary_is_refused_by_its_first_other_word(tmp_path: Path) -
     init_from_bert(tiny_qformer(), tmp_path, words=[*words, "[DEC]"])
     with pytest.raises(ConfigError, match="word 7 is 'other' to the tokenizer and 'word7' to BERT"):
         init_from_bert(tiny_qformer(), tmp_path, words=[*words[:7], "other", *words[8:], "[DEC]"])
+
+
+def test_the_words_of_bert_base_uncased_are_those_of_our_tokenizer(shared_data: Path, tmp_path: Path) -> None:
+    """The real vocabulary, [DEC] added behind it, against the vocab.txt beside real weights."""
+    words = QFormerTokenizer.load(shared_data / "tokenizers" / "bert").words
+    assert len(words) == 30_523 and words[101] == "[CLS]" and words[-1] == "[DEC]"
+    saved(tiny_bert(vocab_size=30_522), tmp_path)
+    shutil.copy(shared_data / "tokenizers" / "bert" / "vocab.txt", tmp_path)
+    report = init_from_bert(tiny_qformer(vocab_size=30_523), tmp_path, words)
+    assert "30522 of 30523 rows" in report.notes["text_embeddings.word.weight"]
+    with pytest.raises(ConfigError, match="word 2999 is"):
+        init_from_bert(tiny_qformer(vocab_size=30_523), tmp_path, [*words[:2999], *words[3000:], "[DEC]"])
 
 
 def test_padded_word_embeddings_give_only_the_rows_of_words(tmp_path: Path) -> None:
