@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from blip2train.errors import CheckpointError
 
 NOT_NEEDED = ("optimizer", "scaler")
 """What LAVIS keeps for its own resume; no other trainer can continue from it."""
+
+_NAMES_CODE = re.compile(r"global|reduce|class|instance|build", re.IGNORECASE)
+"""How torch's restricted unpickler says that it met code; what it says of garbage has none of these words."""
 
 
 @dataclass(slots=True)
@@ -71,6 +75,8 @@ def read_lavis_file(path: Path) -> LavisFile:
         # a file of before torch 1.6 is no archive and cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        if not _NAMES_CODE.search(str(error)):
+            raise _unreadable(path, error) from error
         raise CheckpointError(
             f"holds more than tensors and plain values, so it was not read ({_first_line(error)})",
             where=str(path),
@@ -78,9 +84,7 @@ def read_lavis_file(path: Path) -> LavisFile:
             "the author with this machine, make it from this one: torch.load(FILE, weights_only=False)['model']",
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"not a readable .pth ({_first_line(error)})", where=str(path), fix="fetch or copy it again"
-        ) from error
+        raise _unreadable(path, error) from error
     state = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
         raise CheckpointError(
@@ -101,6 +105,10 @@ def write_lavis_file(state: Mapping[str, Tensor], path: Path) -> None:
         torch.save({"model": dict(state)}, path)
     except (OSError, RuntimeError) as error:  # torch's archive writer reports a full disk as a RuntimeError
         raise disk_error(error, path.parent, FREE_SPACE) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"not a readable .pth ({_first_line(error)})", where=str(path), fix="fetch or copy it again")
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +169,38 @@ class Sentinel:
         return (os.mkdir, (str(self.path),))
 
 
-def test_code_in_a_pickle_is_refused_and_does_not_run(stage1: LavisRun, tmp_path: Path) -> None:
-    state = trained_only(state_of(stage1))
-    torch.save({"model": state, "config": Sentinel(tmp_path / "ran")}, tmp_path / "bad.pth")
-    with pytest.raises(CheckpointError, match="was not read"):
+def save_archive(content: object, path: Path) -> None:
+    torch.save(content, path)
+
+
+def save_as_before_torch_1_6(content: object, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_pickle(content: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.mark.parametrize("save", [save_archive, save_as_before_torch_1_6, save_pickle])
+def test_code_in_a_pickle_is_refused_and_does_not_run(
+    stage1: LavisRun, tmp_path: Path, save: Callable[[object, Path], None]
+) -> None:
+    save({"config": Sentinel(tmp_path / "ran"), "model": trained_only(state_of(stage1))}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match="was not read .*mkdir"):
         run_convert("from=lavis", "to=blip2train", f"source={tmp_path}/bad.pth", f"target={tmp_path}/ours",
                     *described(stage1, 1))  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pth"]
-    with pytest.raises(FileNotFoundError):  # the file does hold code: an unsafe reader runs it
-        pickle.loads(pickle.dumps(Sentinel(tmp_path / "no" / "where")))
+    pickle.loads(pickle.dumps(Sentinel(tmp_path / "ran")))
+    assert (tmp_path / "ran").is_dir()  # the file does hold code: an unsafe reader runs it
+
+
+def test_a_file_of_before_torch_1_6_is_read(stage1: LavisRun, tmp_path: Path) -> None:
+    state = trained_only(state_of(stage1))
+    save_as_before_torch_1_6({"model": state}, tmp_path / "old.pth")
+    run_convert("from=lavis", "to=blip2train", f"source={tmp_path}/old.pth", f"target={tmp_path}/ours",
+                *described(stage1, 1))  # fmt: skip
+    run_convert("from=blip2train", "to=lavis", f"source={tmp_path}/ours", f"target={tmp_path}/back.pth")
+    assert_same_file(tmp_path / "back.pth", state)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +238,11 @@ def test_unknown_and_missing_tensors_leave_nothing_behind(stage1: LavisRun, tmp_
     with pytest.raises(CheckpointError, match=r"missing from the file: qformer.blocks.2.query_ffn.contract.weight"):
         run_convert(*arguments, f"source={tmp_path}/less.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "less.pth").read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match="not a readable .pth"):
-        run_convert(*arguments, f"source={tmp_path}/cut.pth")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pth", "less.pth", "more.pth"]
+    (tmp_path / "text.pth").write_text("garbage")
+    for name in ("cut", "text"):
+        with pytest.raises(CheckpointError, match="not a readable .pth"):
+            run_convert(*arguments, f"source={tmp_path}/{name}.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pth", "less.pth", "more.pth", "text.pth"]
 
 
 def test_a_stage2_file_is_no_stage1_model(shared_data: Path, stage1: LavisRun, tmp_path: Path) -> None:
