@@ -89,6 +89,7 @@ def apply_operation(image: Tensor, name: str, magnitude: float, *, negative: boo
     """
     share = magnitude / MAX_MAGNITUDE
     signed = -share if negative else share
+    factor = 1.8 * share + 0.1
     height, width = image.shape[-2:]
     changed: Tensor = image
     match name:
@@ -97,9 +98,9 @@ def apply_operation(image: Tensor, name: str, magnitude: float, *, negative: boo
         case "auto_contrast_lavis":
             changed = _auto_contrast_lavis(image)
         case "brightness":
-            changed = F.adjust_brightness(image, 1.8 * share + 0.1)
-        case "sharpness":
-            changed = F.adjust_sharpness(image, 1.8 * share + 0.1)
+            changed = F.adjust_brightness(image, factor)
+        case "sharpness" if factor != 1.0:  # the slowest of all, for nothing
+            changed = F.adjust_sharpness(image, factor)
         case "equalize":
             changed = F.equalize(image)
         case "shear_x":
