@@ -99,7 +99,8 @@ def test_command_names_a_verb_and_composes(command: str) -> None:
     config_name = "train" if verb == "show" else verb
     if verb in {"data", "microworld", "show"}:
         part, *arguments = arguments
-        config_name = config_name if verb == "show" else f"{verb}_{part}"
+        own = f"{verb}_{part}"  # `show batch` and others have none and read train.yaml
+        config_name = own if (config_dir() / f"{own}.yaml").is_file() else config_name
     compose(config_name, arguments)
 
 
