@@ -90,6 +90,7 @@ def test_the_output_layer_of_a_released_t5_is_read_without_a_false_warning(
     assert "tie_word_embeddings" not in caplog.text
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
     assert torch.equal(model.decoder.embed_tokens.weight, state["shared.weight"])
+    assert EncoderDecoder(T5).model.all_tied_weights_keys == model.all_tied_weights_keys, "a random one is built alike"
     del state["lm_head.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="output layer of its own.*the weights have none"):
