@@ -1,0 +1,98 @@
+"""The convert verb before it reads anything: its routes, its config, its target."""
+
+from pathlib import Path
+
+import pytest
+
+from blip2train.checkpoint.converted import REPORT, ConversionReport, write_atomically
+from blip2train.checkpoint.model_card import LOADING, ModelCard
+from blip2train.cli.config import compose, config_dir
+from blip2train.cli.convert import DIRECTIONS, OWN_KEYS, load_direction, model_config, plan
+from blip2train.errors import ConfigError
+
+PRESETS = [
+    f"{folder}/{path.stem}"
+    for folder in ("paper", "lavis")
+    for path in sorted((config_dir() / "experiment" / folder).glob("stage*.yaml"))
+]
+
+
+def arguments(start: str, end: str, *more: str) -> list[str]:
+    return [f"from={start}", f"to={end}", "source=s", "target=t", *more]
+
+
+def test_every_pair_of_formats_has_a_route_through_our_form() -> None:
+    formats = ("blip2train", "huggingface", "lavis")
+    for start in formats:
+        for end in formats:
+            if start == end:
+                continue
+            steps = plan(compose("convert", arguments(start, end)))
+            assert len(steps) == (1 if "blip2train" in (start, end) else 2)
+            assert steps[0] == DIRECTIONS[start, "blip2train" if len(steps) == 2 else end]
+            assert all(callable(load_direction(step)) for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["from=lavis"], "not set: to, source, target"),
+        (arguments("lavis", "lavis"), "from and to are both lavis"),
+        (arguments("torch", "lavis"), "no format 'torch'(.|\n)*known: blip2train, huggingface, lavis"),
+    ],
+)
+def test_a_wrong_question_is_answered_with_what_there_is(given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(compose("convert", given))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_describes_a_model_without_further_values(preset: str) -> None:
+    described = model_config(compose("convert", arguments("lavis", "blip2train", f"experiment={preset}")))
+    assert described.name == preset.replace("/", "_")
+    assert described.init_from is None and described.init_qformer is None
+    assert not set(OWN_KEYS) & set(described)
+
+
+def test_without_an_experiment_the_model_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="does not say which model(.|\n)*experiment="):
+        model_config(compose("convert", arguments("lavis", "blip2train")))
+
+
+def test_a_target_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def write(folder: Path) -> ConversionReport:
+        assert not (tmp_path / folder.name.removesuffix(".partial")).exists()
+        (folder / "weights").write_text("w")
+        (folder / REPORT).write_text("{}")
+        return ConversionReport()
+
+    def fail(folder: Path) -> ConversionReport:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "new", fail)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "new.partial").mkdir()  # of a conversion that was killed
+    (tmp_path / "new.partial" / "stale").write_text("s")
+    write_atomically(tmp_path / "new", write)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [REPORT, "weights"]
+    write_atomically(tmp_path / "one.pth", write, only="weights")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "one.conversion.json", "one.pth"]
+
+
+@pytest.mark.parametrize(("form", "stage"), LOADING)
+def test_a_card_says_what_how_and_what_not(form: str, stage: int) -> None:
+    card = ModelCard("mine", stage, form, "the run a", 80_000, {"vision encoder": "eva"}, {"model": 3}, ["temp"], ["n"])
+    text = card.text()
+    assert text.startswith("---\nlibrary_name: ") and "license: other" in text
+    for said in (
+        "# mine",
+        "80,000 optimizer steps",
+        "- vision encoder: eva",
+        "- temp",
+        "- n",
+        "social bias",
+        "Licence",
+    ):
+        assert said in text
