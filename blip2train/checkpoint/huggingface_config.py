@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Blip2Config
 
@@ -63,7 +64,7 @@ def read_config(raw: Mapping[str, Any], kind: Kind, where: str) -> Blip2Config:
     """
     try:
         config = Blip2Config.from_dict(dict(raw))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"not a config that transformers reads: {error}", where=where, fix="save the model again"
         ) from error

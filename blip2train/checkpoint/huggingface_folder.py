@@ -30,7 +30,9 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from blip2train.batch import ImageSpec
+from blip2train.checkpoint.converted import FREE_SPACE
 from blip2train.checkpoint.huggingface import Kind
+from blip2train.checkpoint.io import disk_error
 from blip2train.errors import CheckpointError, ConfigError
 from blip2train.run_dir import read_json
 
@@ -215,15 +217,18 @@ def write_model(folder: Path, config: Blip2Config, state: Mapping[str, Tensor], 
         dtype: what `from_pretrained` loads when it is not told.
 
     Raises:
-        CheckpointError: tensors are missing, surplus or of another shape; lists them.
+        CheckpointError: tensors are missing, surplus or of another shape (lists them), or the disk is full.
     """
     with torch.device("meta"):
         model = _CLASSES[kind](config)
     _check_state(model, state, folder)
     model.load_state_dict(dict(state), strict=False, assign=True)
-    with _quiet():
-        model.tie_weights(missing_keys={name for name in model.state_dict() if name not in state})
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    try:
+        with _quiet():
+            model.tie_weights(missing_keys={name for name in model.state_dict() if name not in state})
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, folder, FREE_SPACE) from error
     raw = read_json(folder / CONFIG)
     (folder / CONFIG).write_text(json.dumps(raw | {"dtype": dtype}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

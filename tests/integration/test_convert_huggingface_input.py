@@ -28,9 +28,10 @@ from transformers import (
 )
 
 from blip2train.checkpoint.huggingface import NOT_HELD, fuse_qkv_bias, split_qkv_bias, to_ours, to_theirs
+from blip2train.checkpoint.huggingface_config import qformer_settings, vision_settings
 from blip2train.checkpoint.huggingface_text import tokenizer_settings
 from blip2train.checkpoint.io import find_checkpoint
-from blip2train.cli.config import compose
+from blip2train.cli.config import build, compose
 from blip2train.cli.evaluate import evaluate, load_run_config
 from blip2train.cli.train import train
 from blip2train.data.shards import ShardWriter
@@ -118,6 +119,7 @@ def test_a_pickle_is_read_without_running_code(opt: Path, tmp_path: Path) -> Non
         ({"architectures": ["InstructBlipForConditionalGeneration"], "model_type": "instructblip"}, "instructblip"),
         ({"architectures": ["Blip2Model"]}, "Blip2Model"),
         ({"vision_config": {"hidden_act": "quick_gelu"}, "qformer_config": {"hidden_act": "relu"}}, "2 unsupported"),
+        ({"vision_config": {"hidden_size": "wide"}}, "not a config that transformers reads"),
         ({"vision_config": {"image_size": [28, 14]}}, "image_size is .*not one number"),
         ({"qformer_config": {"num_hidden_layers": 3}}, "unexpected: qformer.blocks.3"),
         ({"qformer_config": {"hidden_size": 27}}, r"\(1, 4, 24\)"),
@@ -147,6 +149,20 @@ def test_a_surplus_tensor_is_named(opt: Path, tmp_path: Path) -> None:
 def test_an_experiment_of_another_width_is_refused_and_both_are_named(opt: Path, tmp_path: Path) -> None:
     refused(opt, tmp_path, "hidden_size: the source has 24, the experiment 96", "experiment=microworld_stage2_opt")
     refused(opt, tmp_path, "of stage 1", "experiment=microworld_stage1")
+
+
+@pytest.mark.parametrize("experiment", ["microworld_stage2_opt", "paper/stage2_vitg_opt_2_7b"])
+def test_an_experiment_of_this_model_lends_its_settings(opt: Path, tmp_path: Path, experiment: str) -> None:
+    """Sizes from the source, the rest from the experiment; what is resolved twice points to the folder's own parts."""
+    sizes = {"hidden_size": 24, "num_layers": 4, "num_heads": 3, "num_queries": 4, "intermediate_size": 40}
+    own = [f"model.qformer.{key}={value}" for key, value in sizes.items()] + ["model.vision_encoder.embed_dim=24"]
+    run_convert("huggingface", "blip2train", opt, tmp_path / "run", f"experiment={experiment}", *own, "optim.lr=0.5")
+    model, config = our_model(tmp_path / "run")
+    assert config.optim.lr == 0.5 and config.name == experiment.replace("/", "_")
+    parts = str(tmp_path / "run" / "parts")
+    for path in (config.llm.path, config.data.collator.tokenizer.path, config.model.language_model.path_or_config):
+        assert path == f"{parts}/language_model"
+    assert model.vision_encoder.image.size == 28
 
 
 def test_a_target_in_use_and_a_folder_of_nothing(opt: Path, tmp_path: Path) -> None:
@@ -211,6 +227,15 @@ def test_every_tensor_of_the_released_sizes_has_a_name(kind: Any) -> None:
     again = to_theirs(ours, kind, "meta")
     assert {name: tensor.shape for name, tensor in again.items()} == {n: t.shape for n, t in theirs.items()}
     assert len(ours.vision) == 39 * 13 + 4
+    with torch.device("meta"):
+        encoder = build(vision_settings(config, {}, "float16", eva=True))
+        qformer = build({"_target_": "blip2train.model.qformer.qformer.QFormer", **qformer_settings(config)})
+    assert {n: t.shape for n, t in encoder.backbone.state_dict().items()} == {
+        n: t.shape for n, t in ours.vision.items()
+    }
+    assert sum(tensor.numel() for tensor in ours.vision.values()) == 985_894_528, "the paper's ViT-g, frozen"
+    shapes = {f"qformer.{name}": tensor.shape for name, tensor in qformer.state_dict().items()}
+    assert all(shapes[name] == tensor.shape for name, tensor in ours.trained.items() if name.startswith("qformer."))
     assert not set(ours.trained) & set(NOT_HELD)
 
 
