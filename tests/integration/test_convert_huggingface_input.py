@@ -280,7 +280,7 @@ def test_biases_split_and_fuse() -> None:
 
 
 def test_convert_then_evaluate_says_what_transformers_says(opt: Path, tmp_path: Path) -> None:
-    """Through the verbs: convert, move the folder, evaluate captioning; the captions are transformers' own."""
+    """Through the verbs' functions: convert, move the folder, evaluate; the captions are transformers' own."""
     images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels(5)]
     with ShardWriter(tmp_path / "shards", "val", samples_per_shard=5) as writer:
         for number, image in enumerate(images):
@@ -288,12 +288,7 @@ def test_convert_then_evaluate_says_what_transformers_says(opt: Path, tmp_path: 
             record = json.dumps({"captions": ["a red square"]}).encode()
             writer.write(str(number), (tmp_path / "image.png").read_bytes(), "png", record)
     target = tmp_path / "run"
-    command = [sys.executable, "-m", "blip2train.cli.convert", "from=huggingface", "to=blip2train"]
-    done = subprocess.run(
-        [*command, f"source={opt}", f"target={target}"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert "language model" in done.stderr + done.stdout
+    run_convert("huggingface", "blip2train", opt, target)
     target = target.rename(tmp_path / "moved")
     settings = ["max_new_tokens=8", "min_new_tokens=0", "num_beams=5"]
     overrides = [f"benchmarks.nocaps.settings.{item}" for item in settings]
@@ -309,6 +304,24 @@ def test_convert_then_evaluate_says_what_transformers_says(opt: Path, tmp_path: 
     expected = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     assert [row["prediction"] for row in rows] == expected
     assert len(set(expected)) > 1
+
+
+@pytest.mark.slow
+def test_the_command_line_converts_and_says_what_it_did(opt: Path, tmp_path: Path) -> None:
+    """A process of its own: exit status, summary, and a broken source that leaves nothing."""
+    command = [sys.executable, "-m", "blip2train.cli.convert", "from=huggingface", "to=blip2train"]
+    for source, code, said in ((opt, 0, "language model"), (tmp_path, 2, "no readable config.json")):
+        target = tmp_path / f"run{code}"
+        done = subprocess.run(
+            [*command, f"source={source}", f"target={target}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode == code, done.stderr
+        assert said in done.stderr + done.stdout
+        assert target.exists() == (code == 0)
 
 
 def test_a_converted_stage1_model_starts_a_stage2_run(laboratory: Any, tmp_path: Path) -> None:
