@@ -43,6 +43,9 @@ SIDE_TENSORS = "blip2train_extra.safetensors"
 SIDE_FACTS = "blip2train_extra.json"
 """Beside an exported model: what transformers cannot hold, for the way back."""
 
+SOURCE_FILES = "huggingface"
+"""Folder in a converted run's parts/ with the source's processor, tokenizer and generation files, for the way back."""
+
 MAX_SHARD = "5GB"
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -30,6 +30,7 @@ from blip2train.checkpoint.huggingface_folder import (
     PROCESSOR_FILES,
     SIDE_FACTS,
     SIDE_TENSORS,
+    SOURCE_FILES,
     TOKENIZER_FILES,
     check_weights,
     copy_files,
@@ -51,9 +52,6 @@ from blip2train.model.freezing import trainable_state_dict
 from blip2train.run_dir import RunDir, write_json
 
 __all__ = ["from_huggingface", "to_huggingface"]
-
-SOURCE_FILES = "huggingface"
-"""Folder in parts/ with the source's processor, tokenizer and generation files, for the way back."""
 
 RUN_DIR = "/run_dir_of_a_converted_model"  # stands for the folder until the config is resolved
 NAMES: dict[Kind, str] = {"retrieval": "huggingface_stage1", "generation": "huggingface_stage2"}

@@ -27,6 +27,7 @@ from blip2train.checkpoint.huggingface_folder import (
     PROCESSOR_FILES,
     SIDE_FACTS,
     SIDE_TENSORS,
+    SOURCE_FILES,
     TOKENIZER_FILES,
     build_processor,
     copy_files,
@@ -42,9 +43,6 @@ from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.meta import build_meta
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, write_json
-
-SOURCE_FILES = "huggingface"
-"""Folder in parts/ with the processor, tokenizer and generation files of a source that came from transformers."""
 
 
 @dataclass(slots=True)
