@@ -1,7 +1,6 @@
 """Folders of transformers as users have them: shards, pickles, half precision, broken or foreign; the real sizes."""
 
 import json
-import logging
 import os
 import pickle
 import subprocess
@@ -294,7 +293,6 @@ def test_convert_then_evaluate_says_what_transformers_says(opt: Path, tmp_path: 
     overrides = [f"benchmarks.nocaps.settings.{item}" for item in settings]
     overrides += [f"benchmarks.nocaps.urls=[{tmp_path}/shards/val-000000.tar]", "benchmarks.nocaps.prompt=a photo of"]
     config = compose("evaluate", [f"run={target}", "benchmark=nocaps", "device=cpu", *overrides])
-    logging.getLogger("blip2train").setLevel(logging.WARNING)
     evaluate(config, RunDir.open(target))
     _, rows = RunDir.open(target).read_eval("nocaps")
     processor = AutoProcessor.from_pretrained(opt)
