@@ -99,6 +99,7 @@ def run_step(
     autocast: torch.dtype | None = None,
     keep_gradients: bool = False,
     shard_gradients: bool = False,
+    on_loss_known: Callable[[], object] = lambda: None,
 ) -> StepMemory:
     """Run forward and backward of one step in the middle of a training and count what it makes.
 
@@ -111,6 +112,7 @@ def run_step(
         keep_gradients: a micro-batch that adds to gradients; else those of the step before live until the loss is
             known, as Lightning's `zero_grad` has it.
         shard_gradients: gradients leave at once (ZeRO), so that none are counted.
+        on_loss_known: called between the passes, where `kept` is taken; for whoever measures in another way.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     memory = LiveMemory([*model.parameters(), *model.buffers()])
@@ -124,6 +126,7 @@ def run_step(
         with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
             value = loss(batch, memory)
         kept, highest = dict(memory.alive), memory.peak
+        on_loss_known()
         if not keep_gradients:
             model.zero_grad(set_to_none=True)
 

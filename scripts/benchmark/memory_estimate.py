@@ -123,15 +123,19 @@ def padded_batch(config: DictConfig, model: nn.Module) -> Any:
 def real_cpu(config: DictConfig) -> tuple[int, int]:
     """Bytes that the allocator had given out when the loss was known, and at the highest point."""
     model = real_model(config, "cpu")
-    loss = loss_of(config, model)
 
-    def marked(batch: Any, memory: Any) -> Any:
-        value = loss(batch, memory)
+    def mark() -> None:
         with record_function("loss known"):
-            return value
+            pass
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
-        run_step(model, marked, lambda: padded_batch(config, model), autocast=autocast_of(config))
+        run_step(
+            model,
+            loss_of(config, model),
+            lambda: padded_batch(config, model),
+            autocast=autocast_of(config),
+            on_loss_known=mark,
+        )
     events = log.profiler.kineto_results.events()
     known = next(event.start_ns() for event in events if event.name() == "loss known")
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
@@ -146,8 +150,7 @@ def real_cpu(config: DictConfig) -> tuple[int, int]:
 def real_cuda(config: DictConfig) -> tuple[int, int]:
     """The same two numbers from CUDA's caching allocator, less the weights."""
     model = real_model(config, "cuda")
-    loss, kept = loss_of(config, model), 0
-    before = torch.cuda.memory_allocated()
+    kept, before = 0, torch.cuda.memory_allocated()
 
     def on_device() -> Any:
         batch = padded_batch(config, model)
@@ -156,14 +159,19 @@ def real_cuda(config: DictConfig) -> tuple[int, int]:
                 setattr(batch, field, getattr(batch, field).cuda())
         return batch
 
-    def marked(batch: Any, memory: Any) -> Any:
+    def mark() -> None:
         nonlocal kept
-        value = loss(batch, memory)
         kept = torch.cuda.memory_allocated() - before
-        return value
 
     torch.cuda.reset_peak_memory_stats()
-    run_step(model, marked, on_device, device="cuda", autocast=autocast_of(config))
+    run_step(
+        model,
+        loss_of(config, model),
+        on_device,
+        device="cuda",
+        autocast=autocast_of(config),
+        on_loss_known=mark,
+    )
     return kept, torch.cuda.max_memory_allocated() - before
 
 

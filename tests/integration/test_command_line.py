@@ -91,11 +91,12 @@ def test_wandb_offline_tensorboard_and_csv_log_beside_the_jsonl(laboratory, tmp_
         assert len(RunDir(run).read_metrics()) == 2
 
 
-@pytest.mark.parametrize("what", ["batch", "masks", "params", "config"])
+@pytest.mark.parametrize("what", ["batch", "masks", "params", "estimate", "config", "paper-diff"])
 def test_show_prints_and_draws(laboratory, tmp_path: Path, what: str) -> None:
     overrides = ("experiment=microworld_stage1", f"paths.data={laboratory.data}")
     output = finish(start("show", what, *overrides, cwd=tmp_path))
     expected = {"batch": "input_ids", "masks": "multimodal causal", "params": "qformer", "config": "_target_"}
+    expected |= {"estimate": "per device", "paper-diff": "differs from the paper"}
     assert expected[what] in output
     pictures = {"batch": ["show_batch.png"], "masks": ["show_masks.png"]}.get(what, [])
     assert [path.name for path in tmp_path.iterdir()] == pictures
