@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_world import save_generation
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -35,6 +36,7 @@ VOCABULARY += [prefix + letter for letter in "abcdefghijklmnopqrstuvwxyz" for pr
 """Of a word-piece tokenizer that spells most words; [DEC] is added to it when it is loaded."""
 
 PHOTOS = "PHOTOS"
+RELEASED = "blip2-opt-2.7b"
 COMPOSE_ONLY = ("--cfg", "job", "--resolve")
 FEW_STEPS = ("trainer.max_steps=4", "optim.warmup_steps=1", "data.batch_size=8", "data.num_workers=0")
 FEW_STEPS += ("num_threads=1", "log_every_steps=1")
@@ -77,6 +79,20 @@ SIZES = {
     "blip2train train experiment=paper/stage1_vitg trainer.devices=16 paths.data=/datasets": Size(COMPOSE_ONLY),
     "blip2train train experiment=paper/stage2_vitg_opt_2_7b trainer.devices=16 paths.data=/datasets "
     "init_from=outputs/paper_stage1_vitg/ID": Size(COMPOSE_ONLY),
+    "blip2train show paper-diff experiment=lavis/stage1_vitg": Size(),
+    "blip2train show params experiment=paper/stage2_vitg_flan_t5_xxl": Size(),
+    "blip2train show estimate experiment=paper/stage1_vitg samples_per_second=800": Size(),
+    "blip2train convert from=blip2train to=lavis source=outputs/first target=exported/first.pth": Size(
+        leaves=("exported/first.pth",)
+    ),
+    "blip2train convert from=lavis to=blip2train source=exported/first.pth target=outputs/again "
+    "experiment=microworld_stage1": Size(leaves=("outputs/again/checkpoints/step-*/model.safetensors",)),
+    f"blip2train convert from=huggingface to=blip2train source={RELEASED} target=outputs/released": Size(
+        leaves=("outputs/released/config.yaml", "outputs/released/conversion.json")
+    ),
+    "blip2train convert from=blip2train to=huggingface source=outputs/released target=exported/released": Size(
+        leaves=("exported/released/model.safetensors", "exported/released/README.md")
+    ),
     "blip2train show masks experiment=microworld_stage1": Size(leaves=("show_masks.png",)),
     "blip2train show batch experiment=microworld_stage1": Size(leaves=("show_batch.png",)),
     "blip2train show params experiment=microworld_stage1": Size(),
@@ -118,7 +134,7 @@ def test_verbs_and_experiments_named_in_prose_exist() -> None:
 def test_overrides_of_the_want_and_write_table_compose_and_resolve(row: str) -> None:
     """Each code span in the right column is typed behind a training command of the stage it is about."""
     spans = re.findall(r"`([^`]+)`", row.strip("| ").split(" | ", 1)[1])
-    stage2 = any("language_model" in span or "init_from" in span for span in spans)
+    stage2 = any(name in span for span in spans for name in ("language_model", "init_from", "llm."))
     base = ["experiment=paper/stage2_vitg_opt_2_7b" if stage2 else "experiment=paper/stage1_vitg", "init_from=scratch"]
     for span in (span for span in spans if "=" in span or span.startswith("'~")):
         overrides = [_first_of_a_sweep(item) for item in shlex.split(span) if item != "-m"]
@@ -152,7 +168,7 @@ def test_the_layers_drawn_in_readme_are_packages() -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project to type README's commands in, with the reader's PHOTOS and a tokenizer beside it."""
+    """A copy of the project to type README's commands in, with PHOTOS, a tokenizer and a small released model."""
     root = tmp_path_factory.mktemp("checkout")
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("blip2train", "configs", "notebooks", "scripts", "tests"):
@@ -162,6 +178,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tokenizer").mkdir()
     (root / "tokenizer" / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
     _write_photos(root / PHOTOS)
+    save_generation(root / RELEASED, "opt")
     return root
 
 
@@ -207,4 +224,4 @@ def _exists(word: str) -> bool:
 
 
 def _first_of_a_sweep(override: str) -> str:
-    return override if "[" in override else override.split(",")[0]
+    return override if re.search(r"[\[{]", override) else override.split(",")[0]
