@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from blip2train.cli.check_model import check_first_weights, check_precision
 from blip2train.errors import ConfigError
@@ -38,7 +38,7 @@ def _known(table: dict[str, int], target: str, where: str) -> int:
 
 
 def check_train(config: DictConfig) -> None:
-    """All checks of a training config.
+    """All checks of a training config; what is left of a removed loss is removed from it.
 
     Raises:
         ConfigError: see each check.
@@ -50,6 +50,7 @@ def check_train(config: DictConfig) -> None:
             where=", ".join(f"{name}=" for name in absent),
             fix="choose an experiment=, or stage=stage1 model=blip2_stage1 data=stage1 data/tokenizer=... optim=...",
         )
+    _drop_removed_objectives(config)
     _check_stage_and_model(config)
     check_first_weights(config, stage_number(config))
     check_precision(config)
@@ -63,6 +64,15 @@ def check_train(config: DictConfig) -> None:
             where="log_every_steps",
             fix="give 1 or more optimizer steps",
         )
+
+
+def _drop_removed_objectives(config: DictConfig) -> None:
+    """`~objective@stage.objectives.itm` takes the loss away, but not what an experiment had set of it."""
+    objectives = config.stage.get("objectives", {})
+    for name in [name for name, objective in objectives.items() if "_target_" not in objective]:
+        log.info("without %s: its settings %s have nothing to act on", name, OmegaConf.to_container(objectives[name]))
+        with open_dict(objectives):
+            del objectives[name]
 
 
 def _check_stage_and_model(config: DictConfig) -> None:

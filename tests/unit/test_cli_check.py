@@ -70,3 +70,13 @@ def test_a_staircase_without_whole_epochs_is_refused_before_anything_is_built() 
     check.check_train(composed(*staircase, "optim.steps_per_epoch=100"))
     with pytest.raises(ConfigError, match="max_steps is 600 and steps_per_epoch is 7"):
         check.check_train(composed(*staircase, "optim.steps_per_epoch=7"))
+
+
+@pytest.mark.parametrize("name", ["itc", "itm", "itg"])
+@pytest.mark.parametrize("experiment", ["microworld_stage1", "lavis/stage1_vitg"])
+def test_a_loss_whose_settings_an_experiment_changes_can_be_removed(experiment: str, name: str) -> None:
+    """Hydra removes what the group brought; what the experiment set of it must not stay behind as half a loss."""
+    config = composed(f"experiment={experiment}", f"~objective@stage.objectives.{name}")
+    check.check_train(config)
+    assert sorted(config.stage.objectives) == sorted({"itc", "itm", "itg"} - {name})
+    assert all("_target_" in objective for objective in config.stage.objectives.values())
