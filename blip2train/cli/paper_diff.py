@@ -135,6 +135,17 @@ def _global_batch(config: DictConfig) -> int | None:
     return None if pairs is None else pairs * int(config.trainer.get("accumulate_grad_batches", 1))
 
 
+def _contrastive_batch(config: DictConfig) -> int | None:
+    """Pairs of one forward pass on all devices; micro-batches add none."""
+    return None if OmegaConf.is_missing(config.trainer, "devices") else check.contrastive_batch(config)
+
+
+def _losses(config: DictConfig) -> list[str]:
+    """Names of those that are neither removed, which leaves a node without class, nor weighted 0."""
+    nodes = config.stage.objectives.items()
+    return sorted(str(name) for name, node in nodes if "_target_" in node and node.weight)
+
+
 def _encoder(config: DictConfig) -> str | None:
     return _ENCODERS.get(_vision_encoder(config))
 
@@ -191,6 +202,8 @@ def _describe(augment: DictConfig) -> str:
 
 _COMPUTED: Mapping[str, Callable[[DictConfig], Any]] = {
     "<global_batch>": _global_batch,
+    "<contrastive_batch>": _contrastive_batch,
+    "<losses>": _losses,
     "<datasets>": lambda config: sorted(map(str, config.data.datasets)),
     "<mixture>": _mixture,
     "<crop_scale>": lambda config: _of_all(config, "scale"),
