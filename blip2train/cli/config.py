@@ -54,8 +54,19 @@ def register_resolvers() -> None:
 
 
 def divide(total: int, *parts: int) -> int:
-    """Share of a global batch per device, node and micro-batch; the check of the batch catches a remainder."""
-    return int(total) // math.prod(int(part) for part in parts)
+    """Share of a global batch per device, node and micro-batch; the check of the batch catches a remainder.
+
+    Raises:
+        ConfigError: a part that is no number ("auto" devices, a list of them).
+    """
+    for part in parts:
+        if not isinstance(part, int) or part < 1:
+            raise ConfigError(
+                f"a global batch of {total} cannot be divided by {part!r}",
+                where="trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches",
+                fix="give their number, or data.batch_size= for the batch of one device",
+            )
+    return int(total) // math.prod(parts)
 
 
 def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:
@@ -77,6 +88,9 @@ def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:
                 raise
             stop(cause)
         except OmegaConfBaseException as error:
+            cause = find_user_error(error)
+            if cause is not None:
+                stop(cause)
             stop(ConfigError(str(error).splitlines()[0], where=str(error.full_key), fix="see --cfg job"))
         except KeyboardInterrupt:
             sys.stderr.write("\ninterrupted; what was finished is kept\n")
@@ -117,7 +131,7 @@ def stop(error: Blip2TrainError) -> None:
 
 
 def find_user_error(error: BaseException) -> Blip2TrainError | None:
-    """The error of ours that Hydra's `instantiate` wrapped, if there is one."""
+    """The error of ours that Hydra's `instantiate` or a resolver's caller wrapped, if there is one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Blip2TrainError):

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
-from blip2train.cli.config import compose
+from blip2train.cli.config import compose, config_dir
 from blip2train.cli.paper_diff import compare
 
 STAGE2 = (
@@ -133,6 +133,19 @@ def test_preset_passes_every_check_of_a_training(preset: str) -> None:
     config = composed(preset).copy()
     config.init_from = "scratch" if "stage2" in preset else None
     check.check_train(config)
+
+
+TRAINERS = sorted(path.stem for path in (config_dir() / "trainer").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("preset", ["paper/stage1_vitg", "lavis/stage1_vitg"])
+def test_preset_shares_its_batch_under_every_trainer_and_any_number_of_devices(preset: str, trainer: str) -> None:
+    """One device takes the whole batch; ten micro-batches take a tenth each."""
+    one = [f"experiment={preset}", f"trainer={trainer}", "trainer.devices=1", "run_dir=outputs/x"]
+    whole = composed(preset).expected_global_batch
+    assert compose("train", one).data.batch_size == whole
+    assert compose("train", [*one, "trainer.accumulate_grad_batches=10"]).data.batch_size == whole // 10
 
 
 def test_the_papers_data_are_the_six_sources_in_proportion_to_their_size() -> None:

@@ -76,3 +76,13 @@ def test_hints_leave_out_what_hydra_itself_takes() -> None:
     """`show` adds overrides of its own to a reader's; only the reader's mistake is explained."""
     hints = explain_overrides("train", ["experiment=microworld_stage1", "optim.lrr=1", "hydra.run.dir=."])
     assert len(hints) == 1 and hints[0].startswith("optim.lrr: there is no 'lrr' in optim")
+
+
+@pytest.mark.parametrize("devices", ["auto", "[0,1]", "0"])
+def test_devices_without_a_number_say_why_the_batch_needs_one(devices: str, tmp_path: Path) -> None:
+    """A preset states the global batch; the error behind OmegaConf's is ours, not one of `int()`."""
+    command = [sys.executable, "-m", "blip2train.cli.show", "config", "experiment=paper/stage1_vitg"]
+    done = subprocess.run([*command, f"trainer.devices={devices}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "ConfigError: a global batch of 1680 cannot be divided by" in done.stderr
+    assert "where: trainer.devices" in done.stderr
