@@ -43,6 +43,15 @@ def check_precision(config: DictConfig) -> None:
     part = LANGUAGE_MODELS.get(language_model._target_) if language_model else None
     if part is not None:
         check_dtype(part, language_model.get("dtype", "float32"), trainable=False, where="llm.model.dtype")
+        if _stores_in_float16(config.trainer):
+            check_dtype(part, "float16", trainable=False, where="trainer.precision: DeepSpeed stores every part in it")
+
+
+def _stores_in_float16(trainer: DictConfig) -> bool:
+    """DeepSpeed has no autocast: under a mixed precision it casts the whole model, frozen parts included."""
+    strategy = trainer.get("strategy", "auto")
+    name = str(strategy.get("_target_", "") if OmegaConf.is_config(strategy) else strategy)
+    return "deepspeed" in name.lower() and str(trainer.get("precision")) in ("16", "16-mixed")
 
 
 def check_first_weights(config: DictConfig, stage: int) -> None:
