@@ -100,7 +100,8 @@ def _check_global_batch(config: DictConfig) -> None:
         return
     accumulate = config.trainer.get("accumulate_grad_batches", 1)
     batch = contrastive * accumulate
-    log.info("global batch %d; contrastive negatives come from %d of it", batch, contrastive)
+    negatives = f"; contrastive negatives come from {contrastive} of it" if stage_number(config) == 1 else ""
+    log.info("global batch %d%s", batch, negatives)
     if config.expected_global_batch and batch != config.expected_global_batch:
         raise ConfigError(
             f"the global batch is {batch}, the experiment expects {config.expected_global_batch}",

@@ -39,6 +39,14 @@ def test_global_batch_must_be_the_one_the_experiment_expects() -> None:
         check.check_train(composed("experiment=paper/stage1_vitg", "trainer.devices=8", "data.batch_size=105"))
 
 
+def test_only_stage_one_speaks_of_negatives(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="blip2train")
+    check.check_train(composed("experiment=paper/stage1_vitg", "trainer.accumulate_grad_batches=5"))
+    check.check_train(composed("experiment=paper/stage2_vitg_opt_2_7b", "init_from=scratch"))
+    batches = [message for message in caplog.messages if "global batch" in message]
+    assert batches == ["global batch 1680; contrastive negatives come from 336 of it", "global batch 1920"]
+
+
 def test_a_log_window_without_steps_is_refused() -> None:
     with pytest.raises(ConfigError, match="log_every_steps is 0"):
         check.check_train(composed("experiment=microworld_stage1", "log_every_steps=0"))
