@@ -74,7 +74,7 @@ def estimate(config: DictConfig, *, accelerator: bool = True, text_tokens: int |
     """
     sharing = read_sharing(config)
     precision = parse_precision(
-        str(config.trainer.get("precision", "32-true")), deepspeed=sharing.zero_stage is not None
+        str(config.trainer.get("precision") or "32-true"), deepspeed=sharing.zero_stage is not None
     )
     model = build_meta(config)
     if precision.weights is not None:

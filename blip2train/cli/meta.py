@@ -19,6 +19,8 @@ from torch import nn
 from blip2train.cli.config import build
 from blip2train.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 
 def build_meta(config: DictConfig) -> nn.Module:
     """Build the model of a train config on the meta device; no weights are read and no network is asked.
@@ -56,6 +58,7 @@ def _architecture(config: DictConfig) -> Any:
             where="llm.architecture",
             fix="state it in the language model's yaml (`model_type` and the sizes), or give llm.path a local folder",
         )
+    log.info("the language model's shape is llm.architecture; %s itself is not read", config.llm.path)
     return OmegaConf.to_container(architecture, resolve=True)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, register_resolvers, require_filled, run_subverb
+from blip2train.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,8 @@ def show_config(config: DictConfig) -> None:
 
 def _check(config: DictConfig) -> None:
     """As before a training, but no stage-1 weights are asked for: nothing here would read them."""
+    if config.get("out", None) and Path(config.out).is_dir():
+        raise ConfigError(f"{config.out} is a folder", where="out", fix="name a file, out=FILE.json")
     config.init_from = "scratch"
     require_filled(config)
     check.check_train(config)

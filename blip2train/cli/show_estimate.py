@@ -16,6 +16,8 @@ from blip2train.model.memory import GIB
 from blip2train.run_dir import write_json
 
 SECONDS_PER_HOUR = 3600
+FILLED_AT_MOST = 0.9
+"""Of a device; what the note below the table names takes the rest."""
 LABELS = {
     "gradients": "gradients",
     "batch": "batch",
@@ -44,18 +46,25 @@ def show_estimate(config: DictConfig) -> None:
     console = Console()
     console.print(_table(config, result))
     console.print(NOTE, style="dim", highlight=False)
-    limit = config.get("device_gb", None)
     console.print(f"peak {result.peak / GIB:.1f} GiB per device", highlight=False)
-    if limit is not None and result.peak > limit * GIB:
-        console.print(
-            f"warning: {result.peak / GIB:.1f} GiB do not fit into {limit} GiB. Try {_less_memory(config)}",
-            style="yellow",
-            highlight=False,
-        )
+    limit = config.get("device_gb", None)
+    if limit is not None:
+        _judge(console, config, result.peak / GIB, limit)
     for name, value in seconds.items():
         console.print(f"{name}: {value:,.0f}" if value >= 1000 else f"{name}: {value:.3g}", highlight=False)
     if config.get("out", None):
         write_json(Path(config.out), as_json(config, result) | {"time": seconds})
+
+
+def _judge(console: Console, config: DictConfig, peak: float, limit: float) -> None:
+    """Whether a peak fits into a device, both in GiB, with what the estimate leaves out."""
+    if peak <= FILLED_AT_MOST * limit:
+        console.print(f"fits into {limit} GiB, {limit - peak:.1f} of them free", highlight=False)
+        return
+    found = f"{peak:.1f} GiB do not fit into {limit} GiB"
+    if peak <= limit:
+        found = f"{peak:.1f} of {limit} GiB leave less than a tenth free"
+    console.print(f"warning: {found}. Try {_less_memory(config)}", style="yellow", highlight=False)
 
 
 def _less_memory(config: DictConfig) -> str:
@@ -98,9 +107,10 @@ def steps_and_time(config: DictConfig) -> dict[str, float]:
         ConfigError: a rate or a size that is not above 0.
     """
     for key in ("samples_per_second", "epoch_samples", "device_gb", "text_tokens"):
-        value = config.get(key, None)
-        if value is not None and value <= 0:
-            raise ConfigError(f"{key} is {value}", where=key, fix="give a number above 0, or leave it out")
+        value, kinds = config.get(key, None), (int,) if key == "text_tokens" else (int, float)
+        if value is not None and (type(value) not in kinds or value <= 0):
+            number = "whole number" if key == "text_tokens" else "number"
+            raise ConfigError(f"{key} is {value!r}", where=key, fix=f"give a {number} above 0, or leave it out")
     micro_batches = int(config.trainer.get("accumulate_grad_batches", 1))
     global_batch = read_sharing(config).devices * int(config.data.batch_size) * micro_batches
     facts: dict[str, float] = {

@@ -1,6 +1,8 @@
 """The microscope looks at any experiment as it is, without what only a training needs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,19 @@ def test_estimate_prints_its_sum_and_warns_where_the_device_is_too_small(
     for moment in ("loss_known", "peak"):
         assert written["total"][moment] == sum(written["fixed"].values()) + sum(written[moment].values())
     show_estimate(estimate("device_gb=1000"))
+    printed = capsys.readouterr().out
+    assert "warning" not in printed and "fits into 1000 GiB" in printed
+
+
+def test_a_device_that_would_be_full_to_the_brim_is_a_warning_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The note below the table asks for a tenth of the device."""
+    show_estimate(estimate(f"out={tmp_path / 'estimate.json'}"))
+    peak = json.loads((tmp_path / "estimate.json").read_text(encoding="utf-8"))["total"]["peak"] / 2**30
+    show_estimate(estimate(f"device_gb={peak * 1.05}"))
+    assert "less than a tenth free" in capsys.readouterr().out
+    show_estimate(estimate(f"device_gb={peak * 1.15}"))
     assert "warning" not in capsys.readouterr().out
 
 
@@ -69,3 +84,24 @@ def test_time_of_the_papers_largest_run_at_its_rate() -> None:
 def test_a_size_that_is_not_above_zero_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} is 0"):
         steps_and_time(estimate(f"{key}=0"))
+
+
+@pytest.mark.parametrize(
+    "override", ["samples_per_second=fast", "text_tokens=2.5", "device_gb=40GB", "epoch_samples=true"]
+)
+def test_a_size_that_is_no_number_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.replace("=", " is '?").replace("true", "True")):
+        steps_and_time(estimate(override))
+
+
+def test_a_folder_as_out_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "blip2train.cli.show", "params", "experiment=microworld_stage1"]
+    done = subprocess.run([*command, f"out={tmp_path}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "is a folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_params_say_where_the_language_models_shape_is_from(caplog: pytest.LogCaptureFixture) -> None:
+    """Another hub name keeps the counts of the yaml: the reader is told."""
+    caplog.set_level("INFO", logger="blip2train")
+    show_params(params("llm.path=facebook/opt-1.3b", "experiment=paper/stage2_vitg_opt_2_7b"))
+    assert any("llm.architecture; facebook/opt-1.3b itself is not read" in message for message in caplog.messages)
