@@ -157,10 +157,14 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 def explain_overrides(config_name: str, arguments: list[str]) -> list[str]:
-    """For each dotted override that names no existing key: which keys exist there, and the closest one."""
+    """For each override that names no option or key that exists: which there are, and the closest one."""
     given = [item for item in arguments if "=" in item and item[0] not in "-+~"]
     groups = [item for item in given if _is_group(item.split("=", 1)[0])]
     values = [item.split("=", 1)[0] for item in given if item not in groups and not item.startswith("hydra.")]
+    if not any(item.startswith(("--config-dir", "-cd")) for item in arguments):  # a folder of the user's has more
+        options = [hint for item in groups if (hint := _explain_option(*item.split("=", 1)))]
+        if options:
+            return options
     try:
         register_resolvers()
         GlobalHydra.instance().clear()
@@ -173,6 +177,18 @@ def explain_overrides(config_name: str, arguments: list[str]) -> list[str]:
 
 def _is_group(key: str) -> bool:
     return (config_dir() / key.split("@")[0]).is_dir()
+
+
+def _explain_option(key: str, choice: str) -> str | None:
+    """Hydra lists the options of a group, but not those in its folders, where the presets are."""
+    folder = config_dir() / key.split("@")[0]
+    if choice == "null" or choice[:1] == "[" or "," in choice or (folder / f"{choice}.yaml").is_file():
+        return None
+    paths = (path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml"))
+    known = sorted(path.as_posix() for path in paths if not path.name.startswith("_"))
+    close = difflib.get_close_matches(choice, known, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"{key}: there is no {choice!r}. It has: {', '.join(known)}.{hint}"
 
 
 def _explain_key(config: DictConfig, key: str) -> str | None:

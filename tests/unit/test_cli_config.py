@@ -27,6 +27,15 @@ def test_unknown_group_option_lists_the_options() -> None:
         compose("train", ["experiment=nope"])
 
 
+def test_unknown_preset_names_those_in_folders_and_the_closest() -> None:
+    """Hydra lists the top of a group alone, and the presets are below it."""
+    (hint,) = explain_overrides("train", ["experiment=paper/stage1_vit_g", "trainer.devices=16"])
+    assert "lavis/stage2_vitg_opt_2_7b" in hint and "_common" not in hint
+    assert hint.endswith("Did you mean paper/stage1_vitg?")
+    assert not explain_overrides("train", ["--config-dir=mine", "experiment=mine"])
+    assert not explain_overrides("evaluate", ["benchmark=[vqav2,nocaps]", "run=x"])
+
+
 def test_values_nobody_gave_are_named() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
         require_filled(compose("train", []))
