@@ -224,14 +224,25 @@ def _portable(value: Any) -> Any:
 
 
 def require_filled(config: DictConfig) -> None:
-    """Name every mandatory value (`???`) that nobody gave."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    """Name every mandatory value (`???`) that nobody gave.
+
+    Interpolations are not followed: what they point at has its own place, or, in an evaluation, is in the run's config.
+    """
+    missing = sorted(_open_values(OmegaConf.to_container(config, resolve=False)))
     if missing:
         raise ConfigError(
             f"{len(missing)} mandatory values are not set: {', '.join(missing)}",
             where=", ".join(missing),
             fix="set them on the command line (key=value) or choose an experiment=",
         )
+
+
+def _open_values(node: Any, path: str = "") -> list[str]:
+    if isinstance(node, dict):
+        return [name for key, value in node.items() for name in _open_values(value, f"{path}.{key}" if path else key)]
+    if isinstance(node, list):
+        return [name for index, value in enumerate(node) for name in _open_values(value, f"{path}[{index}]")]
+    return [path] if node == "???" else []
 
 
 def build(config: Any, **arguments: Any) -> Any:

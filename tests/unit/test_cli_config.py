@@ -41,6 +41,14 @@ def test_values_nobody_gave_are_named() -> None:
         require_filled(compose("train", []))
 
 
+@pytest.mark.parametrize("benchmark", ["microworld_retrieval", "microworld_caption", "vqav2"])
+def test_an_evaluation_may_name_a_benchmark_that_points_into_the_run(benchmark: str) -> None:
+    """`model.vision_encoder.image`, `llm.tokenizer` and their like are in the run's config, which is not read yet."""
+    require_filled(compose("evaluate", ["run=outputs/x", f"benchmark={benchmark}"]))
+    with pytest.raises(ConfigError, match=r"^1 mandatory values are not set: run\n"):
+        require_filled(compose("evaluate", [f"benchmark={benchmark}"]))
+
+
 def test_image_size_and_width_follow_the_encoder_everywhere() -> None:
     config = compose("train", ["experiment=paper/stage1_vitg", "model/vision_encoder=clip_vit_l"])
     assert config.model.qformer.image_dim == 1024
