@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2train.checkpoint.io import WEIGHTS, disk_error, find_checkpoint, read_metadata, read_weights, save_weights
-from blip2train.errors import CheckpointError, ConfigError
+from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
+from blip2train.weight_files import read_tensors
 
 PARTS = "parts"
 VISION = "vision_encoder.safetensors"
@@ -111,8 +112,8 @@ def read_converted(run: RunDir, checkpoint: str = "last") -> ConvertedModel:
     parts = run.path / PARTS
     return ConvertedModel(
         state=read_weights(found / WEIGHTS),
-        vision=load_tensors(parts / VISION) if (parts / VISION).is_file() else {},
-        extra=load_tensors(parts / EXTRA) if (parts / EXTRA).is_file() else {},
+        vision=read_tensors(parts / VISION) if (parts / VISION).is_file() else {},
+        extra=read_tensors(parts / EXTRA) if (parts / EXTRA).is_file() else {},
         facts=read_json(parts / FACTS) if (parts / FACTS).is_file() else {},
         step=int(read_metadata(found).get("step", 0)),
     )
@@ -137,20 +138,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(apart, path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise disk_error(error, path.parent, FREE_SPACE) from error
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a whole safetensors file.
-
-    Raises:
-        CheckpointError: not a readable safetensors file.
-    """
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"not a readable safetensors file ({error})", where=str(path), fix="convert the source again"
-        ) from error
 
 
 def write_atomically(

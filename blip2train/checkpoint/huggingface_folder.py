@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -38,7 +36,6 @@ from blip2train.run_dir import read_json
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SIDE_TENSORS = "blip2train_extra.safetensors"
 SIDE_FACTS = "blip2train_extra.json"
 """Beside an exported model: what transformers cannot hold, for the way back."""
@@ -98,78 +95,6 @@ def read_image_processor(folder: Path) -> dict[str, Any]:
             if settings:
                 return dict(settings)
     return {}
-
-
-def check_weights(folder: Path) -> list[Path]:
-    """Find the weights files and make sure that all are there, before any is read.
-
-    Raises:
-        CheckpointError: no weights, or a shard of theirs is missing; names it.
-    """
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
-        raise CheckpointError(f"no weights: none of {', '.join(WEIGHTS)}", where=str(folder), fix="download them again")
-    if found.suffix != ".json":
-        return [found]
-    shards = sorted(set(_weight_map(found).values()))
-    absent = [name for name in shards if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{len(absent)} of {len(shards)} shards are missing: {', '.join(absent)}",
-            where=str(found),
-            fix="put the missing files beside the others; nothing was written",
-        )
-    return [folder / name for name in shards]
-
-
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of a folder, from one file or shards, safetensors or pickles of plain tensors.
-
-    Raises:
-        CheckpointError: a missing shard, an unreadable file, a pickle with anything but tensors in it, or a shard that
-            lacks what the index promises.
-    """
-    state: dict[str, Tensor] = {}
-    files = check_weights(folder)
-    for path in files:
-        state |= _read_file(path)
-    index = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder)
-    if index.suffix == ".json":
-        lacking = sorted(set(_weight_map(index)) - set(state))
-        if lacking:
-            raise CheckpointError(
-                f"{len(lacking)} tensors of the index are in no shard: {', '.join(lacking[:8])}",
-                where=str(index),
-                fix="download the shards again",
-            )
-    return state
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    mapped = read_json_file(index).get("weight_map")
-    if not isinstance(mapped, dict):
-        raise CheckpointError("an index without weight_map", where=str(index), fix="download it again")
-    # an index names files beside it; anything else would read elsewhere
-    outside = [name for name in mapped.values() if Path(str(name)).name != name]
-    if outside:
-        raise CheckpointError(f"a shard outside its folder: {outside[0]}", where=str(index), fix="correct the index")
-    return {str(key): str(name) for key, name in mapped.items()}
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(
-            f"not a readable weights file: {str(error).splitlines()[0]}",
-            where=str(path),
-            fix="give safetensors, or a pickle that holds tensors alone (no code of it was run)",
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError("holds something other than tensors by name", where=str(path), fix="save a state dict")
-    return state
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:

@@ -7,9 +7,6 @@ whatever a file tells it to; here a file that holds more than tensors and plain 
 from __future__ import annotations
 
 import json
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +18,10 @@ from torch import Tensor
 from blip2train.checkpoint.converted import FREE_SPACE
 from blip2train.checkpoint.io import disk_error
 from blip2train.errors import CheckpointError
+from blip2train.weight_files import unpickle
 
 NOT_NEEDED = ("optimizer", "scaler")
 """What LAVIS keeps for its own resume; no other trainer can continue from it."""
-
-_NAMES_CODE = re.compile(r"global|reduce|class|instance|build", re.IGNORECASE)
-"""How torch's restricted unpickler says that it met code; what it says of garbage has none of these words."""
 
 
 @dataclass(slots=True)
@@ -71,20 +66,11 @@ def read_lavis_file(path: Path) -> LavisFile:
     Raises:
         CheckpointError: damaged, no state dict, or with pickled objects in it (whose code is not run).
     """
-    try:
-        # a file of before torch 1.6 is no archive and cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if not _NAMES_CODE.search(str(error)):
-            raise _unreadable(path, error) from error
-        raise CheckpointError(
-            f"holds more than tensors and plain values, so it was not read ({_first_line(error)})",
-            where=str(path),
-            fix="ask its author for one saved with torch.save({'model': model.state_dict()}, FILE); only if you trust "
-            "the author with this machine, make it from this one: torch.load(FILE, weights_only=False)['model']",
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise _unreadable(path, error) from error
+    content = unpickle(
+        path,
+        fix="ask its author for one saved with torch.save({'model': model.state_dict()}, FILE); only if you trust the "
+        "author with this machine, make it from this one: torch.load(FILE, weights_only=False)['model']",
+    )
     state = content.get("model", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
         raise CheckpointError(
@@ -107,18 +93,9 @@ def write_lavis_file(state: Mapping[str, Tensor], path: Path) -> None:
         raise disk_error(error, path.parent, FREE_SPACE) from error
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"not a readable .pth ({_first_line(error)})", where=str(path), fix="fetch or copy it again")
-
-
 def _is_plain(value: Any) -> bool:
     try:
         json.dumps(value)
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return next((line.strip() for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0].strip())

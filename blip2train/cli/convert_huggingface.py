@@ -18,7 +18,6 @@ from blip2train.checkpoint.converted import (
     VISION,
     ConversionReport,
     ConvertedModel,
-    load_tensors,
     save_tensors,
     write_converted,
 )
@@ -32,12 +31,10 @@ from blip2train.checkpoint.huggingface_folder import (
     SIDE_TENSORS,
     SOURCE_FILES,
     TOKENIZER_FILES,
-    check_weights,
     copy_files,
     load_tokenizer,
     read_image_processor,
     read_json_file,
-    read_state,
 )
 from blip2train.checkpoint.huggingface_text import forget_image_token, tokenizer_settings
 from blip2train.cli.check import stage_number
@@ -50,6 +47,7 @@ from blip2train.data.tokenizer import QFormerTokenizer
 from blip2train.errors import CheckpointError, ConfigError
 from blip2train.model.freezing import trainable_state_dict
 from blip2train.run_dir import RunDir, write_json
+from blip2train.weight_files import find_weights, in_folder, read_tensors, read_weights
 
 __all__ = ["from_huggingface", "to_huggingface"]
 
@@ -81,10 +79,10 @@ def from_huggingface(config: DictConfig, source: Path, folder: Path) -> Conversi
     raw = read_json_file(source / CONFIG)
     kind = settings.model_kind(raw, str(source / CONFIG))
     theirs = settings.read_config(raw, kind, str(source / CONFIG))
-    check_weights(source)
+    find_weights(in_folder(source), where=str(source))
     described = _described(config, kind, theirs)
     side = read_json_file(source / SIDE_FACTS) if (source / SIDE_FACTS).is_file() else {}
-    tensors = to_ours(read_state(source), kind, str(source), side.get("eva"))
+    tensors = to_ours(read_weights(in_folder(source), where=str(source)), kind, str(source), side.get("eva"))
     read = Source(source, kind, raw, theirs, read_image_processor(source), side, tensors)
     report = ConversionReport(notes=[*settings.config_notes(theirs, kind)])
     report.notes += settings.processor_notes(read.processor, theirs.vision_config.image_size)
@@ -142,7 +140,7 @@ def _converted(read: Source, report: ConversionReport) -> ConvertedModel:
     facts: dict[str, Any] = {"format": "huggingface", "kind": read.kind, "config": read.raw}
     trained = dict(tensors.trained)
     if (read.folder / SIDE_TENSORS).is_file():
-        trained |= load_tensors(read.folder / SIDE_TENSORS)
+        trained |= read_tensors(read.folder / SIDE_TENSORS)
     for name in read.side.get("trained_vision", []):
         trained[f"{VISION_PREFIX}{name}"] = tensors.vision[name]
     if read.kind == "retrieval":

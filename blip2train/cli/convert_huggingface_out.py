@@ -31,7 +31,6 @@ from blip2train.checkpoint.huggingface_folder import (
     TOKENIZER_FILES,
     build_processor,
     copy_files,
-    read_state,
     write_generation_config,
     write_model,
 )
@@ -43,6 +42,7 @@ from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.meta import build_meta
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, write_json
+from blip2train.weight_files import in_folder, read_weights
 
 
 @dataclass(slots=True)
@@ -216,7 +216,7 @@ def _language_model_state(export: Export) -> dict[str, Tensor]:
     """Every tensor of the language model, by its own names: from parts/, else from where the run took it."""
     own = export.run.path / PARTS / LANGUAGE_MODEL
     if Path(str(export.config.model.language_model.path_or_config)) == own and own.is_dir():
-        return read_state(own)
+        return read_weights(in_folder(own), where=str(own))
     return dict(build(export.config.model.language_model).model.state_dict())
 
 

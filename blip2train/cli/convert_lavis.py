@@ -90,10 +90,11 @@ def to_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionReport
     """
     run = RunDir.open(source, where="source=")
     trained = load_run_config(run)
-    from blip2train.checkpoint.converted import LANGUAGE_MODEL, PARTS, ConversionReport, load_tensors, read_converted
+    from blip2train.checkpoint.converted import LANGUAGE_MODEL, PARTS, ConversionReport, read_converted
     from blip2train.checkpoint.lavis import LavisModel
     from blip2train.checkpoint.lavis import to_lavis as put_together
     from blip2train.checkpoint.lavis_file import write_lavis_file
+    from blip2train.weight_files import read_tensors
 
     model = read_converted(run, config.source_checkpoint)
     parts = LavisModel(model, kind=_language_model(trained), tower=_tower(trained))
@@ -102,7 +103,7 @@ def to_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionReport
     weights = run.path / PARTS / LANGUAGE_MODEL / "model.safetensors"
     came_from_lavis = model.facts.get("format") == "lavis"
     if came_from_lavis and weights.is_file():
-        parts.language_model = load_tensors(weights)
+        parts.language_model = read_tensors(weights)
     elif parts.kind is not None and not came_from_lavis:
         report.not_held.append(f"the language model: LAVIS loads its own, as {parts.kind}_model")
     eps = trained.model.get("ln_vision_eps", LN_VISION_EPS)

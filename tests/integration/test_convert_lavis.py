@@ -186,7 +186,7 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(
     stage1: LavisRun, tmp_path: Path, save: Callable[[object, Path], None]
 ) -> None:
     save({"config": Sentinel(tmp_path / "ran"), "model": trained_only(state_of(stage1))}, tmp_path / "bad.pth")
-    with pytest.raises(CheckpointError, match="was not read .*mkdir"):
+    with pytest.raises(CheckpointError, match=r"a pickle that calls \w+\.mkdir; no code of it was run"):
         run_convert("from=lavis", "to=blip2train", f"source={tmp_path}/bad.pth", f"target={tmp_path}/ours",
                     *described(stage1, 1))  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pth"]
@@ -240,7 +240,7 @@ def test_unknown_and_missing_tensors_leave_nothing_behind(stage1: LavisRun, tmp_
     (tmp_path / "cut.pth").write_bytes((tmp_path / "less.pth").read_bytes()[:5000])
     (tmp_path / "text.pth").write_text("garbage")
     for name in ("cut", "text"):
-        with pytest.raises(CheckpointError, match="not a readable .pth"):
+        with pytest.raises(CheckpointError, match="not a readable weights file"):
             run_convert(*arguments, f"source={tmp_path}/{name}.pth")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pth", "less.pth", "more.pth", "text.pth"]
 

@@ -257,7 +257,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
     saved(tiny_bert(), tmp_path / "bert")
     (tmp_path / "bert" / "model.safetensors").unlink()
     torch.save({"weights": RunsCode()}, tmp_path / "bert" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="nothing in it was run"):
+    with pytest.raises(CheckpointError, match="no code of it was run"):
         read_bert(tmp_path / "bert")
     assert not (tmp_path / "executed").exists()
 
@@ -266,7 +266,7 @@ def test_a_missing_shard_is_named_with_its_size(tmp_path: Path) -> None:
     saved(tiny_bert(), tmp_path, max_shard_size="20KB")
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(CheckpointError, match=rf"{lost.name} is missing, with \d+ tensors"):
+    with pytest.raises(CheckpointError, match=rf"1 of \d+ shards are missing: {lost.name}"):
         read_bert(tmp_path)
 
 

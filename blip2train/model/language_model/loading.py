@@ -19,8 +19,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from blip2train.errors import CheckpointError, ConfigError
-from blip2train.model.language_model.weight_files import check_weight_files
 from blip2train.model.precision import to_dtype
+from blip2train.weight_files import find_weights, in_folder
 
 ModelSource: TypeAlias = str | Path | Mapping[str, Any] | PreTrainedConfig
 """A local folder or hub name; or, for random weights, a transformers config (object or `model_type` and fields)."""
@@ -106,7 +106,7 @@ def check_causal(config: PreTrainedConfig) -> None:
 
 def _read_weights(auto_class: Any, source: str | Path, config: PreTrainedConfig, dtype: Any) -> Any:
     if Path(source).is_dir():
-        check_weight_files(Path(source))
+        find_weights(in_folder(Path(source)), where=str(source))
     try:
         # dtype always: transformers would otherwise take the file's
         model, report = auto_class.from_pretrained(str(source), config=config, dtype=dtype, output_loading_info=True)

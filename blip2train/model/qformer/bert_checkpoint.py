@@ -6,24 +6,21 @@ which give missing tensors random values: every name must be accounted for. Pick
 
 from __future__ import annotations
 
+import functools
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig
 from transformers.utils import cached_file
 
 from blip2train.errors import CheckpointError, ConfigError
+from blip2train.weight_files import read_weights
 
 WHERE = "init_qformer"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OLD_LEAVES = {".gamma": ".weight", ".beta": ".bias"}  # of BERT's LayerNorms before 2019
 
 
@@ -63,8 +60,9 @@ def read_bert(source: str | Path) -> BertCheckpoint:
         )
     config = json.loads(config_path.read_text(encoding="utf-8"))
     _check_kind(config, source)
+    state = read_weights(functools.partial(_find, source), where=str(source))
     whole = BertConfig.from_dict(config).to_dict()  # what a config leaves out is BERT-base's
-    return BertCheckpoint(str(source), whole, _one_spelling(_read_weights(source), source), _read_words(source))
+    return BertCheckpoint(str(source), whole, _one_spelling(state, source), _read_words(source))
 
 
 def _find(source: str | Path, name: str) -> Path | None:
@@ -103,59 +101,6 @@ def _check_kind(config: Mapping[str, Any], source: str | Path) -> None:
                 where=f"{source}: config.json",
                 fix="give a BERT with exact GELU and absolute positions",
             )
-
-
-def _read_weights(source: str | Path) -> dict[str, Tensor]:
-    for name in _WEIGHTS:
-        path = _find(source, name)
-        if path is not None:
-            return _read_file(path)
-        index = _find(source, f"{name}.index.json")
-        if index is not None:
-            return _read_shards(source, index)
-    raise CheckpointError(
-        f"no weights ({' or '.join(_WEIGHTS)})",
-        where=str(source),
-        fix="TensorFlow and Flax files are not read: save it with transformers' save_pretrained",
-    )
-
-
-def _read_shards(source: str | Path, index: Path) -> dict[str, Tensor]:
-    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    state: dict[str, Tensor] = {}
-    for shard in sorted(set(places.values())):
-        path = _find(source, shard)
-        if path is None:
-            raise CheckpointError(
-                f"{shard} is missing, with {sum(place == shard for place in places.values())} tensors",
-                where=str(index),
-                fix="copy or download the checkpoint again, with all its shards",
-            )
-        state |= _read_file(path)
-    absent = sorted(set(places) - set(state))
-    if absent:
-        raise CheckpointError(
-            f"the shards lack {len(absent)} tensors of their index: {', '.join(absent[:8])}",
-            where=str(index),
-            fix="copy or download the checkpoint again, with all its shards",
-        )
-    return state
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(
-            f"not a readable weights file, or a pickle with more than tensors in it: {str(error).splitlines()[0]}",
-            where=str(path),
-            fix="give a plain state dict, best as model.safetensors; nothing in it was run",
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError("not a state dict of tensors", where=str(path), fix="save model.state_dict() instead")
-    return state
 
 
 def _one_spelling(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:

@@ -6,19 +6,16 @@ non-strictly and in silence; timm antialiases while it resizes a position embedd
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import eva, load_pretrained, vision_transformer
 from timm.models.beit import checkpoint_filter_fn as to_beit_names
 from torch import Tensor
 
 from blip2train.errors import CheckpointError, ConfigError
+from blip2train.weight_files import read_tensors
 
 # keys of an intact checkpoint that a tower cut after `layer` has no use for
 _HEAD_KEY = re.compile(r"^(head|fc_norm|attn_pool|pre_logits|head_dist)\b")
@@ -26,7 +23,7 @@ _NORM_KEY = re.compile(r"^norm\.")
 _BLOCK_KEY = re.compile(r"^blocks\.(\d+)\.")
 
 
-def read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a .safetensors file or a pickled state dict, of which no code is run.
 
     Raises:
@@ -34,30 +31,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError("no such file", where=str(path), fix="correct model.vision_encoder.weights")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own message is left out: it advises weights_only=False, which would run the code
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f"a pickle that calls {asked[1]}" if asked else "not a pickle of tensors"
-        raise CheckpointError(
-            f"{found}; no code of it was run",
-            where=str(path),
-            fix="give a .safetensors file, or a state dict saved by torch.save(model.state_dict(), ...)",
-        ) from error
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise CheckpointError(
-            f"not a readable weights file, or not all of it: {error}",
-            where=str(path),
-            fix="give a .safetensors file or a plain state dict",
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(
-            f"holds a {type(state).__name__}, not a state dict", where=str(path), fix="save model.state_dict() instead"
-        )
-    return state
+    return read_tensors(path)
 
 
 def load_weights(backbone: Any, state: dict[str, Any], *, align_corners: bool, where: str) -> None:
