@@ -121,7 +121,10 @@ def run_subverb(
         (sys.stdout if asked else sys.stderr).write(usage + "\n")
         raise SystemExit(0 if asked else 2)
     del sys.argv[1]
-    sys.argv += extra
+    # beside the other overrides: argparse takes one group of them, and a flag (`--cfg job`) may follow
+    overrides = (place for place, item in enumerate(sys.argv) if "=" in item and item[0] not in "-~")
+    place = next(overrides, len(sys.argv))
+    sys.argv[place:place] = extra
     run_verb(*verbs[name])
 
 

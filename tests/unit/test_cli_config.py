@@ -103,3 +103,13 @@ def test_devices_without_a_number_say_why_the_batch_needs_one(devices: str, tmp_
     assert done.returncode == 2
     assert "ConfigError: a global batch of 1680 cannot be divided by" in done.stderr
     assert "where: trainer.devices" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["experiment=microworld_stage1", "--cfg", "job"], ["--cfg", "job", "experiment=microworld_stage1"]]
+)
+def test_a_flag_may_stand_before_or_behind_the_overrides_of_a_sub_verb(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "blip2train.cli.show", "params", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "depth: 1" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
