@@ -94,6 +94,12 @@ def contrastive_batch(config: DictConfig) -> int | None:
 
 
 def _check_global_batch(config: DictConfig) -> None:
+    if config.data.batch_size < 1:
+        raise ConfigError(
+            f"the batch of one device is {config.data.batch_size}",
+            where="data.batch_size",
+            fix="give 1 or more; a preset divides its global batch by devices, nodes and micro-batches",
+        )
     contrastive = contrastive_batch(config)
     if contrastive is None:
         log.info("global batch: devices=%s is decided at start", config.trainer.devices)

@@ -131,6 +131,8 @@ def loss_of(config: DictConfig, model: Any) -> Callable[[Any, LiveMemory], Tenso
     """The loss of a config's stage as a function of a batch, with its objectives; labels what it makes."""
     if check.stage_number(config) == 1:
         objectives = {name: objective for name, objective in build(config.stage.objectives).items() if objective.weight}
+        if not objectives:
+            raise ConfigError("no loss has a weight", where="stage.objectives", fix="keep one of itc, itm, itg")
         return functools.partial(stage1_loss, model, objectives, config.stage.gather_gradients)
     return functools.partial(stage2_loss, model, build(config.stage.objective))
 

@@ -39,6 +39,12 @@ def test_global_batch_must_be_the_one_the_experiment_expects() -> None:
         check.check_train(composed("experiment=paper/stage1_vitg", "trainer.devices=8", "data.batch_size=105"))
 
 
+@pytest.mark.parametrize("override", ["data.batch_size=0", "trainer.accumulate_grad_batches=2000"])
+def test_a_device_without_a_pair_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="the batch of one device is 0"):
+        check.check_train(composed("experiment=paper/stage1_vitg", "expected_global_batch=null", override))
+
+
 def test_only_stage_one_speaks_of_negatives(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="blip2train")
     check.check_train(composed("experiment=paper/stage1_vitg", "trainer.accumulate_grad_batches=5"))

@@ -134,6 +134,12 @@ def test_what_cannot_be_estimated_is_refused(override: str, message: str) -> Non
         read_sharing(small("microworld_stage1", override))
 
 
+def test_losses_that_all_weigh_nothing_are_refused() -> None:
+    weights = [f"stage.objectives.{name}.weight=0" for name in ("itc", "itm", "itg")]
+    with pytest.raises(ConfigError, match="no loss has a weight"):
+        loss_of(small("microworld_stage1", *weights), None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["paper", "lavis"])
 @pytest.mark.parametrize("experiment", ["stage1_vitg", "stage2_vitg_opt_2_7b", "stage2_vitg_flan_t5_xl"])
