@@ -213,7 +213,7 @@ def _load(path: str | Path) -> Any:
         words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         return BertTokenizer(vocab={word: index for index, word in enumerate(words)}, do_lower_case=True)
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -221,6 +221,19 @@ def _load(path: str | Path) -> Any:
             where="tokenizer",
             fix="give a folder with tokenizer.json or vocab.txt, or the name of a model on the hub (network once)",
         ) from error
+    _check_words(tokenizer, path)
+    return tokenizer
+
+
+def _check_words(tokenizer: Any, path: str | Path) -> None:
+    # of a folder with config.json alone transformers makes a tokenizer that encodes any text to nothing
+    ordinary = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    if len(ordinary) < 2:  # T5's keeps one, its mark of a new word
+        raise ConfigError(
+            f"no tokenizer in {str(path)!r}: transformers finds a vocabulary of special tokens alone there",
+            where="tokenizer",
+            fix="copy the tokenizer's files (tokenizer.json, ...) beside config.json, or set the tokenizer's own path",
+        )
 
 
 def _require(tokenizer: Any, names: Sequence[str]) -> None:

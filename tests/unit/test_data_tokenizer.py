@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from blip2train.data.tokenizer import LanguageModelTokenizer, QFormerTokenizer
 from blip2train.errors import ConfigError
@@ -146,6 +146,14 @@ def test_an_end_token_of_several_tokens_is_refused(opt_folder: Path) -> None:
 def test_a_missing_tokenizer_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         QFormerTokenizer.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["opt", "qwen2", "t5", "bert"])
+def test_a_model_folder_without_tokenizer_files_is_refused(kind: str, tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer of it, and a training on empty texts would begin."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="vocabulary of special tokens alone"):
+        LanguageModelTokenizer.load(tmp_path)
 
 
 def test_a_tokenizer_without_cls_is_refused_with_what_it_has(opt_folder: Path) -> None:
