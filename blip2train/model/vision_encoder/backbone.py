@@ -6,6 +6,7 @@ here any ViT of timm will do, and what it cannot do is found on the meta device,
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from blip2train.batch import ImageSpec
 from blip2train.errors import ConfigError
 
 WHERE = "model.vision_encoder"
+_FAMILIES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +96,14 @@ def check_backbone(spec: BackboneSpec, align_corners: bool) -> None:
         with torch.device("meta"):
             probe = _create(spec)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        family = timm.model_entrypoint(spec.name).__module__.split(".")[-1]
+        if family not in _FAMILIES:  # most of these fail over arguments that only a ViT has
+            raise _not_a_vit(spec.name, f"of timm's {family} family") from error
         raise ConfigError(
             f"timm refuses {spec.name}: {error}", where=WHERE, fix="name a ViT, or correct model_args and image.size"
         ) from error
     if not isinstance(probe, vision_transformer.VisionTransformer | eva.Eva | beit.Beit):
-        raise ConfigError(
-            f"{spec.name} is a {type(probe).__name__}, not a ViT",
-            where=f"{WHERE}.name",
-            fix="name a model of timm's vision_transformer, eva or beit family",
-        )
+        raise _not_a_vit(spec.name, f"a {type(probe).__name__}")
     if align_corners and not isinstance(probe, vision_transformer.VisionTransformer):
         raise ConfigError(
             f"timm cannot resize the position embedding of a {type(probe).__name__} with align_corners=true",
@@ -125,9 +126,17 @@ def _create(spec: BackboneSpec) -> Any:
     return timm.create_model(spec.name, **{"num_classes": 0, "img_size": spec.size, **spec.model_args})
 
 
+def _not_a_vit(name: str, found: str) -> ConfigError:
+    return ConfigError(
+        f"{name} is {found}, not a ViT",
+        where=f"{WHERE}.name",
+        fix="name a model of timm's vision_transformer, eva or beit family",
+    )
+
+
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:12])
+        near = ", ".join(difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=6, cutoff=0.5))
         raise ConfigError(f"timm has no model {name!r}", where=f"{WHERE}.name", fix=f"near it: {near or 'nothing'}")
 
 
@@ -146,6 +155,8 @@ def _check_size(spec: BackboneSpec, probe: Any) -> None:
 
 def _check_tokens(spec: BackboneSpec, probe: Any) -> None:
     depth = len(probe.blocks)
+    if not isinstance(spec.layer, int):
+        raise ConfigError(f"layer is {spec.layer!r}", where=f"{WHERE}.layer", fix="a whole number; the paper uses -2")
     if not -depth <= spec.layer < depth:
         raise ConfigError(
             f"layer is {spec.layer}, but {spec.name} has {depth} blocks",
