@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from blip2train.cli.config import quiet_libraries, require_filled, resolved_yaml, run_verb
+from blip2train.cli.config import compose, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.errors import ConfigError
 from blip2train.run_dir import write_json
 
@@ -69,6 +69,7 @@ def convert(config: DictConfig) -> ConversionReport:
     source, target = Path(config.source), Path(config.target)
     if not source.exists():
         raise ConfigError("no such file or folder", where=f"source={source}", fix="give the weights to be converted")
+    check_overrides(config)
     quiet_libraries()
     from blip2train.checkpoint.converted import REPORT, write_atomically
 
@@ -104,6 +105,25 @@ def plan(config: DictConfig) -> list[str]:
     if (start, end) in DIRECTIONS:
         return [DIRECTIONS[start, end]]
     return [DIRECTIONS[start, OURS], DIRECTIONS[OURS, end]]
+
+
+def check_overrides(config: DictConfig) -> None:
+    """Out of our form, the run's config.yaml describes the model: nothing given beside it would be read.
+
+    Raises:
+        ConfigError: an experiment or another value of a training is given.
+    """
+    if config["from"] != OURS:
+        return
+    plain: Any = OmegaConf.to_container(compose("convert", []), resolve=False)
+    given: Any = OmegaConf.to_container(config, resolve=False)
+    unread = sorted(key for key in given if key not in OWN_KEYS and given[key] != plain.get(key))
+    if unread:
+        raise ConfigError(
+            f"from={OURS} takes the model from the run's config.yaml; not read: {', '.join(unread)}",
+            where=f"{', '.join(unread)} on the command line",
+            fix=f"leave them out; besides from=, to=, source= and target= only {OWN_KEYS[-1]}= counts",
+        )
 
 
 def load_direction(name: str) -> Direction:

@@ -7,7 +7,7 @@ import pytest
 from blip2train.checkpoint.converted import REPORT, ConversionReport, write_atomically
 from blip2train.checkpoint.model_card import LOADING, ModelCard
 from blip2train.cli.config import compose, config_dir
-from blip2train.cli.convert import DIRECTIONS, OWN_KEYS, load_direction, model_config, plan
+from blip2train.cli.convert import DIRECTIONS, OWN_KEYS, check_overrides, load_direction, model_config, plan
 from blip2train.errors import ConfigError
 
 PRESETS = [
@@ -57,6 +57,15 @@ def test_every_preset_describes_a_model_without_further_values(preset: str) -> N
 def test_without_an_experiment_the_model_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="does not say which model(.|\n)*experiment="):
         model_config(compose("convert", arguments("lavis", "blip2train")))
+
+
+def test_out_of_our_form_nothing_is_accepted_that_nobody_reads() -> None:
+    """The run says what it is: an experiment given beside it would change nothing, and look as if it did."""
+    check_overrides(compose("convert", arguments("blip2train", "lavis", "source_checkpoint=step-0000450")))
+    check_overrides(compose("convert", arguments("lavis", "blip2train", "experiment=paper/stage1_vitg")))
+    given = arguments("blip2train", "lavis", "experiment=paper/stage1_vitg", "model.qformer.num_queries=64")
+    with pytest.raises(ConfigError, match="not read: .*model, name"):
+        check_overrides(compose("convert", given))
 
 
 def test_a_target_appears_whole_or_not_at_all(tmp_path: Path) -> None:
