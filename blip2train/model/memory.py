@@ -17,6 +17,8 @@ GIB = 2**30
 _MOMENTS = 2
 _ZERO_BUCKET_ELEMENTS = 200_000_000
 """Lightning's `reduce_bucket_size`; two of them, since it overlaps communication."""
+_ZERO3_GATHERED_ELEMENTS = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters`, which Lightning leaves: weights put together again for use, at most."""
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 
 
@@ -98,8 +100,18 @@ def gradient_bytes(model: nn.Module) -> int:
 
 
 def communication_bytes(model: nn.Module, sharing: Sharing) -> int:
-    """DDP's buckets, a second copy of the gradients; DeepSpeed's two reduce buckets, of one size for any model."""
+    """DDP's buckets, a second copy of the gradients; DeepSpeed's two reduce buckets, of one size for any model.
+
+    ZeRO-3 gathers sharded weights for each pass and holds up to a fixed number of them: counted in full.
+    """
     if sharing.zero_stage is not None:
         sizes = [item.element_size() for item in model.parameters() if item.requires_grad]
-        return 2 * _ZERO_BUCKET_ELEMENTS * max(sizes, default=0)
+        buckets = 2 * _ZERO_BUCKET_ELEMENTS * max(sizes, default=0)
+        return buckets + (_gathered_bytes(model) if sharing.zero_stage == 3 and sharing.devices > 1 else 0)
     return gradient_bytes(model) if sharing.devices > 1 else 0
+
+
+def _gathered_bytes(model: nn.Module) -> int:
+    elements = sum(item.numel() for item in model.parameters())
+    size = sum(item.numel() * item.element_size() for item in model.parameters())
+    return size if elements <= _ZERO3_GATHERED_ELEMENTS else size * _ZERO3_GATHERED_ELEMENTS // elements

@@ -55,6 +55,17 @@ def test_zero_shards_optimizer_then_gradients_then_weights(model: nn.Module, sta
     assert weight_bytes(model, shared)["vision_encoder float16"] == (2 * FROZEN if stage < 3 else 2 * FROZEN // 5)
 
 
+def test_zero3_gathers_what_it_has_sharded_up_to_deepspeeds_limit(model: nn.Module) -> None:
+    """Two buckets of 200M elements as in ZeRO-2, and the weights in use: all of a small model, 10^9 of a large one."""
+    whole = 4 * TRAINED + 2 * FROZEN
+    assert communication_bytes(model, Sharing(5, 3)) - communication_bytes(model, Sharing(5, 2)) == whole
+    assert communication_bytes(model, Sharing(1, 3)) == communication_bytes(model, Sharing(1, 2)) == 2 * 200_000_000 * 4
+    with torch.device("meta"):
+        large = nn.Linear(50_000, 50_000, bias=False, dtype=torch.bfloat16)
+    gathered = communication_bytes(large, Sharing(5, 3)) - communication_bytes(large, Sharing(5, 2))
+    assert gathered == 2 * 1_000_000_000
+
+
 @pytest.mark.parametrize(
     ("name", "deepspeed", "weights", "autocast"),
     [
