@@ -26,7 +26,7 @@ processor = AutoProcessor.from_pretrained("DIRECTORY")""",
 }
 USES = {
     1: "Scoring how well an image and a text fit each other, retrieval both ways, and as the start of stage 2.",
-    2: "Describing images and answering questions about them, with the language model named below.",
+    2: "Describing images and answering questions about them, with the language model named above.",
 }
 
 
@@ -72,7 +72,7 @@ class ModelCard:
             f"{self.source}{trained}. No result of the paper is claimed for these weights."
         )
         rows = [*(f"{part}: {name}" for part, name in self.backbones.items())]
-        rows += [f"{part}: {count} tensors in this folder" for part, count in self.tensors.items()]
+        rows += [f"{count} tensors in this folder: {part}" for part, count in self.tensors.items()]
         return [
             about,
             f"## Load it\n\n```python\n{LOADING[self.format, self.stage]}\n```",

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli.config import compose, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.errors import ConfigError
-from blip2train.run_dir import write_json
+from blip2train.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -180,6 +180,22 @@ def write_manifest(folder: Path, seed: int, model: nn.Module, *, facts: Mapping[
     counts = {"trainable_parameters": trainable, "frozen_parameters": frozen, "steps": facts["steps"]}
     origin = describe_run(seed=seed, command=sys.argv, shards=[])
     write_json(folder / "manifest.json", origin | counts | {"converted": dict(facts)})
+
+
+def card_source(run: RunDir, name: str) -> str:
+    """Where a model comes from, for its card: what its run was converted from, or the run itself."""
+    origin = run.read_manifest().get("converted")
+    return f"{origin['file']} ({origin['from']})" if origin else f"the run {name}"
+
+
+def language_model_name(config: DictConfig) -> str:
+    """A language model's name for a card: never a path of this machine, which says nothing elsewhere."""
+    folder = Path(str(config.llm.path))
+    if not folder.is_dir():
+        return str(config.llm.path)
+    own = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kind = own.get("model_type", "unknown type")
+    return f"the source's own ({kind})" if folder.parent.name == "parts" else f"{folder.name} ({kind})"
 
 
 def _run_steps(config: DictConfig, steps: list[str], source: Path, folder: Path) -> ConversionReport:

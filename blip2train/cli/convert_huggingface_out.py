@@ -38,6 +38,7 @@ from blip2train.checkpoint.huggingface_text import add_image_rows, frame_prompts
 from blip2train.checkpoint.model_card import ModelCard
 from blip2train.cli.check import stage_number
 from blip2train.cli.config import build
+from blip2train.cli.convert import card_source, language_model_name
 from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.meta import build_meta
 from blip2train.errors import ConfigError
@@ -328,13 +329,12 @@ def _write_card(export: Export, folder: Path, report: ConversionReport) -> None:
     encoder = export.config.model.vision_encoder
     backbones = {"vision encoder": str(encoder.name)}
     if export.kind == "generation":
-        named = Path(str(export.config.llm.path))
-        backbones["language model"] = named.name if named.is_dir() else str(export.config.llm.path)
+        backbones["language model"] = language_model_name(export.config)
     card = ModelCard(
         name=str(export.config.name),
         stage=stage_number(export.config),
         format="huggingface",
-        source=f"the run {export.config.name}",
+        source=card_source(export.run, export.config.name),
         steps=export.model.step,
         backbones=backbones,
         tensors=report.parts,

@@ -14,12 +14,21 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
-from blip2train.cli.convert import LAVIS_FILE, model_config, write_manifest, write_run_config
+from blip2train.cli.convert import (
+    LAVIS_FILE,
+    card_source,
+    language_model_name,
+    model_config,
+    write_manifest,
+    write_run_config,
+)
 from blip2train.cli.evaluate import load_run_config
 from blip2train.errors import CheckpointError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from blip2train.checkpoint.converted import ConversionReport
     from blip2train.checkpoint.lavis import LavisModel
 
@@ -45,7 +54,7 @@ def from_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionRepo
     """
     described = model_config(config)
     from blip2train.checkpoint.converted import ConversionReport, write_converted
-    from blip2train.checkpoint.io import WEIGHTS, load_weights
+    from blip2train.checkpoint.io import WEIGHTS
     from blip2train.checkpoint.lavis import describe
     from blip2train.checkpoint.lavis import from_lavis as take_apart
     from blip2train.checkpoint.lavis_file import find_lavis_file, read_lavis_file
@@ -68,7 +77,7 @@ def from_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionRepo
     parts.model.facts |= {"file": path.name, "beside": file.facts}
     stage = check.stage_number(described)
     checkpoint = write_converted(folder, parts.model, stage=stage, name=described.name)
-    load_weights(meta, checkpoint / WEIGHTS)  # strict, on shapes alone
+    _load_strictly(meta, checkpoint / WEIGHTS, path)
     changes = _write_backbones(parts, described, folder)
     write_run_config(folder, described, changes)
     write_manifest(folder, described.seed, meta, facts={"from": "lavis", "file": path.name, "steps": file.step})
@@ -114,6 +123,20 @@ def to_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionReport
     report.parts = {"model": len(state)}
     (folder / "README.md").write_text(_card(trained, run, model.step, report), encoding="utf-8")
     return report
+
+
+def _load_strictly(model: nn.Module, weights: Path, source: Path) -> None:
+    """Compare names and shapes by loading; an error names the user's file, not the one that is written from it."""
+    from blip2train.checkpoint.io import load_weights
+
+    try:
+        load_weights(model, weights)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.found,
+            where=str(source),
+            fix="choose the experiment= of this file; if it is the right one, the file is not whole: fetch it again",
+        ) from error
 
 
 def _check_kind(config: DictConfig, parts: LavisModel, path: Path) -> None:
@@ -212,15 +235,14 @@ def _write_backbones(parts: LavisModel, config: DictConfig, folder: Path) -> dic
 def _card(config: DictConfig, run: RunDir, step: int, report: ConversionReport) -> str:
     from blip2train.checkpoint.model_card import ModelCard
 
-    origin = run.read_manifest().get("converted")
     backbones = {"vision encoder": str(config.model.vision_encoder.name)}
     if check.stage_number(config) == 2:
-        backbones["language model"] = str(config.llm.path)
+        backbones["language model"] = language_model_name(config)
     return ModelCard(
         name=str(config.name),
         stage=check.stage_number(config),
         format="lavis",
-        source=f"{origin['file']} ({origin['from']})" if origin else f"the run {run.path.name}",
+        source=card_source(run, config.name),
         steps=step,
         backbones=backbones,
         tensors=report.parts,

@@ -235,8 +235,11 @@ def test_unknown_and_missing_tensors_leave_nothing_behind(stage1: LavisRun, tmp_
         run_convert(*arguments, f"source={tmp_path}/more.pth")
     del state["Qformer.bert.encoder.layer.2.output_query.dense.weight"]
     torch.save({"model": state}, tmp_path / "less.pth")
-    with pytest.raises(CheckpointError, match=r"missing from the file: qformer.blocks.2.query_ffn.contract.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"missing from the file: qformer.blocks.2.query_ffn.contract.weight"
+    ) as less:
         run_convert(*arguments, f"source={tmp_path}/less.pth")
+    assert less.value.where == str(tmp_path / "less.pth"), "the user's file, not the one being written"
     (tmp_path / "cut.pth").write_bytes((tmp_path / "less.pth").read_bytes()[:5000])
     (tmp_path / "text.pth").write_text("garbage")
     for name in ("cut", "text"):

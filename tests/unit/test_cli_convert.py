@@ -3,12 +3,23 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from blip2train.checkpoint.converted import REPORT, ConversionReport, write_atomically
 from blip2train.checkpoint.model_card import LOADING, ModelCard
 from blip2train.cli.config import compose, config_dir
-from blip2train.cli.convert import DIRECTIONS, OWN_KEYS, check_overrides, load_direction, model_config, plan
+from blip2train.cli.convert import (
+    DIRECTIONS,
+    OWN_KEYS,
+    card_source,
+    check_overrides,
+    language_model_name,
+    load_direction,
+    model_config,
+    plan,
+)
 from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir, write_json
 
 PRESETS = [
     f"{folder}/{path.stem}"
@@ -88,6 +99,22 @@ def test_a_target_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [REPORT, "weights"]
     write_atomically(tmp_path / "one.pth", write, only="weights")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "one.conversion.json", "one.pth"]
+
+
+def test_a_card_names_no_folder_of_the_machine_it_was_written_on(tmp_path: Path) -> None:
+    """A language model in the run's own parts/ has a path that is gone by the time the card is read."""
+    for folder, said in (("parts/language_model", "the source's own (opt)"), ("my-opt", "my-opt (opt)")):
+        (tmp_path / folder).mkdir(parents=True)
+        write_json(tmp_path / folder / "config.json", {"model_type": "opt"})
+        assert language_model_name(OmegaConf.create({"llm": {"path": str(tmp_path / folder)}})) == said
+    assert language_model_name(OmegaConf.create({"llm": {"path": "facebook/opt-2.7b"}})) == "facebook/opt-2.7b"
+
+
+def test_a_card_says_what_a_converted_run_was_made_of(tmp_path: Path) -> None:
+    write_json(tmp_path / "manifest.json", {"steps": 0})
+    assert card_source(RunDir(tmp_path), "mine") == "the run mine"
+    write_json(tmp_path / "manifest.json", {"converted": {"from": "huggingface", "file": "blip2-opt-2.7b", "steps": 0}})
+    assert card_source(RunDir(tmp_path), "mine") == "blip2-opt-2.7b (huggingface)"
 
 
 @pytest.mark.parametrize(("form", "stage"), LOADING)
