@@ -72,7 +72,8 @@ def _less_memory(config: DictConfig) -> str:
     ways = [f"a smaller data.batch_size with more trainer.accumulate_grad_batches{fewer}"]
     if not config.model.qformer.get("checkpoint_activations", False):
         ways.append("model.qformer.checkpoint_activations=true")
-    if read_sharing(config).zero_stage is None:
+    sharing = read_sharing(config)
+    if sharing.zero_stage is None and sharing.devices > 1:
         ways.append("trainer=deepspeed_zero2")
     ways.append("text_tokens= if your captions are shorter")
     return "; ".join(ways)

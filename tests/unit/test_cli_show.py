@@ -51,6 +51,7 @@ def test_estimate_prints_its_sum_and_warns_where_the_device_is_too_small(
     show_estimate(estimate("device_gb=0.001", f"out={tmp_path / 'estimate.json'}"))
     printed = capsys.readouterr().out
     assert "warning" in printed and "checkpoint_activations" in printed and "language model" in printed
+    assert "deepspeed" not in printed  # one device has nothing to share
     written = json.loads((tmp_path / "estimate.json").read_text(encoding="utf-8"))
     for moment in ("loss_known", "peak"):
         assert written["total"][moment] == sum(written["fixed"].values()) + sum(written[moment].values())
