@@ -122,7 +122,7 @@ def run_subverb(
         raise SystemExit(0 if asked else 2)
     del sys.argv[1]
     # beside the other overrides: argparse takes one group of them, and a flag (`--cfg job`) may follow
-    overrides = (place for place, item in enumerate(sys.argv) if "=" in item and item[0] not in "-~")
+    overrides = (place for place, item in enumerate(sys.argv) if place and "=" in item and item[0] not in "-~")
     place = next(overrides, len(sys.argv))
     sys.argv[place:place] = extra
     run_verb(*verbs[name])
