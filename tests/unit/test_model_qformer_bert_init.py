@@ -318,3 +318,11 @@ def test_half_precision_bert_gives_float32_weights(tmp_path: Path) -> None:
     qformer: QFormer = tiny_qformer()
     init_from_bert(qformer, saved(tiny_bert().half(), tmp_path))
     assert {parameter.dtype for parameter in qformer.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("text", ["{oops", "3"])
+def test_a_damaged_config_is_named(text: str, tmp_path: Path) -> None:
+    saved(tiny_bert(), tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"not a model's config(.|\n)*config\.json"):
+        read_bert(tmp_path)

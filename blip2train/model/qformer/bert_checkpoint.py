@@ -58,7 +58,12 @@ def read_bert(source: str | Path) -> BertCheckpoint:
             where=WHERE,
             fix="give a folder with config.json and model.safetensors or pytorch_model.bin, or a name on the hub",
         )
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads(config_path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"not a model's config: {error}", where=str(config_path), fix="copy or download it again"
+        ) from error
     _check_kind(config, source)
     state = read_weights(functools.partial(_find, source), where=str(source))
     whole = BertConfig.from_dict(config).to_dict()  # what a config leaves out is BERT-base's
