@@ -39,7 +39,7 @@ from blip2train.checkpoint.huggingface_folder import (
 from blip2train.checkpoint.huggingface_text import forget_image_token, tokenizer_settings
 from blip2train.cli.check import stage_number
 from blip2train.cli.config import compose, resolved_yaml
-from blip2train.cli.convert import write_manifest
+from blip2train.cli.convert import OWN_KEYS, write_manifest
 from blip2train.cli.convert_huggingface_out import to_huggingface
 from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.meta import build_meta
@@ -104,12 +104,13 @@ def _described(config: DictConfig, kind: Kind, theirs: Any) -> dict[str, Any]:
     if config.get("model") is None:
         groups = [f"stage=stage{stage}", f"model=blip2_stage{stage}", f"data=stage{stage}", f"optim=adamw_stage{stage}"]
         groups += ["data/tokenizer=bert_base_uncased", f"trainer.max_steps={PAPER_STEPS[stage]}", f"name={NAMES[kind]}"]
-        base: Any = OmegaConf.to_container(compose("train", groups), resolve=False)
-        given: Any = OmegaConf.to_container(config, resolve=False)
-        whole: dict[str, Any] = base | {
-            "llm": base.get("llm", {}) | {"model": {}, "tokenizer": {}, **(given.get("llm") or {})}
-        }
-        return whole
+        base = OmegaConf.create({"llm": {"model": {}, "tokenizer": {}}})
+        base.merge_with(OmegaConf.to_container(compose("train", groups), resolve=False))
+        plain: Any = OmegaConf.to_container(compose("convert", []), resolve=False)
+        given = _given(OmegaConf.to_container(config, resolve=False), plain)
+        base.merge_with({key: value for key, value in given.items() if key not in OWN_KEYS})
+        whole: Any = OmegaConf.to_container(base, resolve=False)
+        return dict(whole)
     if stage_number(config) != stage:
         raise ConfigError(
             f"the experiment is of stage {stage_number(config)}, the source a stage-{stage} model ({kind})",
@@ -132,6 +133,15 @@ def _described(config: DictConfig, kind: Kind, theirs: Any) -> dict[str, Any]:
     described: Any = OmegaConf.to_container(config, resolve=False)
     return {key: value for key, value in described.items() if key not in ("from", "to", "source", "target",
             "source_checkpoint", "hydra")}  # fmt: skip
+
+
+def _given(config: Any, plain: Any) -> dict[str, Any]:
+    """What a user has set or added on the command line: where a config differs from the plain one."""
+    return {
+        key: _given(value, plain[key]) if isinstance(value, dict) and isinstance(plain.get(key), dict) else value
+        for key, value in config.items()
+        if key not in plain or value != plain[key]
+    }
 
 
 def _converted(read: Source, report: ConversionReport) -> ConvertedModel:
@@ -185,7 +195,7 @@ def _write_text_parts(read: Source, folder: Path, report: ConversionReport) -> N
     if not found:
         report.notes.append(
             "the source has no tokenizer files: give its path when converting (+llm.tokenizer.path=, stage 1: "
-            "tokenizer.path=), or put them into " + f"{PARTS}/{own.name}"
+            "+tokenizer.path= with its vocab_size and dec_id), or put them into " + f"{PARTS}/{own.name}"
         )
     if read.kind != "generation":
         return

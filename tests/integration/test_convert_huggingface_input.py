@@ -164,6 +164,21 @@ def test_an_experiment_of_this_model_lends_its_settings(opt: Path, tmp_path: Pat
     assert model.vision_encoder.image.size == 28
 
 
+def test_without_an_experiment_what_is_given_still_counts(tmp_path: Path) -> None:
+    """A name, a step count, the tokenizer that the source lacks: none is dropped in silence."""
+    save_retrieval(tmp_path / "source")
+    for path in (tmp_path / "source").glob("tokenizer*"):
+        path.unlink()
+    tokenizer = ["+tokenizer.path=my-bert", "+tokenizer.vocab_size=60", "+tokenizer.dec_id=3"]
+    given = ["name=mine", "trainer.max_steps=9", "trainer.devices=2", *tokenizer]
+    run_convert("huggingface", "blip2train", tmp_path / "source", tmp_path / "run", *given)
+    config = load_run_config(RunDir(tmp_path / "run"))
+    assert (config.name, config.trainer.max_steps, config.trainer.devices) == ("mine", 9, 2)
+    assert config.tokenizer.path == config.data.collator.tokenizer.path == "my-bert"
+    assert config.tokenizer.dec_id == config.stage.objectives.itg.dec_id == 3
+    assert "from" not in config and "source_checkpoint" not in config
+
+
 def test_a_target_in_use_and_a_folder_of_nothing(opt: Path, tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
