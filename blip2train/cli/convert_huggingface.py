@@ -104,8 +104,9 @@ def _described(config: DictConfig, kind: Kind, theirs: Any) -> dict[str, Any]:
     if config.get("model") is None:
         groups = [f"stage=stage{stage}", f"model=blip2_stage{stage}", f"data=stage{stage}", f"optim=adamw_stage{stage}"]
         groups += ["data/tokenizer=bert_base_uncased", f"trainer.max_steps={PAPER_STEPS[stage]}", f"name={NAMES[kind]}"]
-        base = OmegaConf.create({"llm": {"model": {}, "tokenizer": {}}})
-        base.merge_with(OmegaConf.to_container(compose("train", groups), resolve=False))
+        standard: Any = OmegaConf.to_container(compose("train", groups), resolve=False)
+        # which language model it is, the source says
+        base = OmegaConf.create(standard | {"llm": standard.get("llm", {}) | {"model": {}, "tokenizer": {}}})
         plain: Any = OmegaConf.to_container(compose("convert", []), resolve=False)
         given = _given(OmegaConf.to_container(config, resolve=False), plain)
         base.merge_with({key: value for key, value in given.items() if key not in OWN_KEYS})
