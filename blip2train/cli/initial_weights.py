@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from blip2train.checkpoint.io import OWN_WEIGHTS, STAGE1_ONLY, STAGE2_ONLY, WEIGHTS, find_checkpoint, load_weights
 from blip2train.cli import check
+from blip2train.cli.config import build
 from blip2train.model.init_report import InitReport, report_part, report_pretrained, report_random
 from blip2train.model.precision import check_masters
 from blip2train.run_dir import RunDir
@@ -53,6 +54,7 @@ class InitialWeights:
             from blip2train.model.qformer.bert_checkpoint import read_bert
 
             self._bert = read_bert(config.init_qformer)
+            self._try_bert(config)
 
     def __call__(self, model: nn.Module) -> None:
         """Fill the model, log where its tensors came from, and refuse one that would train in half precision."""
@@ -61,6 +63,19 @@ class InitialWeights:
         self.report = report_pretrained(report, "vision_encoder") if self._pretrained else report
         check_masters(model)
         log.info(self.report.summary())
+
+    def _try_bert(self, config: DictConfig) -> None:
+        """Find a BERT of other sizes out before the encoder is fetched and the model built."""
+        import torch
+
+        from blip2train.model.qformer.bert_init import init_from_bert
+
+        assert self._bert is not None
+        with torch.device("meta"):
+            qformer = build(config.model.qformer)
+        if self._stage == 2:
+            qformer.drop_text_branch()
+        init_from_bert(qformer, self._bert, self._words)
 
     def _fill(self, model: nn.Module) -> InitReport:
         if self._weights is not None:

@@ -140,3 +140,13 @@ def test_an_interrupted_later_step_keeps_the_run(laboratory, tmp_path: Path, mon
 
 def _full(*_: object) -> None:
     raise CheckpointError("full", where="disk", fix="free some")
+
+
+def test_a_bert_that_does_not_fit_is_found_before_the_model_is_built(
+    laboratory, bert_folder: Path, tmp_path: Path
+) -> None:
+    """At the paper's size the encoder would otherwise be fetched first."""
+    config = laboratory.compose("microworld_stage1", tmp_path, "model.qformer.intermediate_size=100")
+    config.init_qformer = str(bert_folder)
+    with pytest.raises(CheckpointError, match="intermediate_size is 100, BERT's is"):
+        InitialWeights(config, None, ())

@@ -233,3 +233,13 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused() -> None:
     check_vocabulary(adapter, 60)
     with pytest.raises(ConfigError, match="the tokenizer has 61 tokens, the language model 60 embeddings"):
         check_vocabulary(adapter, 61)
+
+
+def test_a_text_longer_than_the_models_positions_is_refused_with_both_numbers() -> None:
+    """An embedding without such a row would end in torch's index error, after the benchmark has run for a while."""
+    model = DecoderOnly(OPT | {"max_position_embeddings": 12})
+    prompt = torch.ones(1, 4, dtype=torch.long)
+    visual = torch.zeros(1, 6, model.embed_dim)
+    model.generate(visual, prompt, prompt.bool(), GenerationSettings(max_new_tokens=2))
+    with pytest.raises(ConfigError, match="10 tokens long, 3 may follow, but opt has 12 positions"):
+        model.generate(visual, prompt, prompt.bool(), GenerationSettings(max_new_tokens=3))

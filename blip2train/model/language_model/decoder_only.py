@@ -88,6 +88,9 @@ class DecoderOnly(nn.Module):
         Returns:
             Logits (B, Tt, V) and targets (B, Tt). A row's first target is ignored where nothing precedes it (no image
             and an empty prompt): there is no position that could predict it.
+
+        Raises:
+            ConfigError: a sequence longer than the model has positions.
         """
         parts = [
             *self._prompt_parts(visual_prompt, batch.prompt_ids, batch.prompt_mask),
@@ -96,6 +99,7 @@ class DecoderOnly(nn.Module):
         embeddings_BML, _ = pack(parts, side="right")
         num_targets, num_prompt = batch.target_ids.shape[1], batch.prompt_ids.shape[1]
         length = embeddings_BML.shape[1]
+        self._check_length(length)
         num_visual = length - num_prompt - num_targets
         # one look at the mask saves copying logits: targets then start in the same column of every row
         aligned = num_visual + num_prompt > 0 and bool(batch.prompt_mask.all())
@@ -124,9 +128,10 @@ class DecoderOnly(nn.Module):
             New ids only (B, T), padded after each row's end token.
 
         Raises:
-            ConfigError: a row has neither image nor prompt.
+            ConfigError: a row has neither image nor prompt, or the model has too few positions.
         """
         embeddings_BML, mask_BM = pack(self._prompt_parts(visual_prompt, prompt_ids, prompt_mask), side="left")
+        self._check_length(embeddings_BML.shape[1], settings.max_new_tokens)
         if visual_prompt is None and (mask_BM.shape[1] == 0 or not bool(mask_BM.any(dim=1).all())):
             raise ConfigError(
                 "nothing to continue: a row has no image and an empty prompt",
@@ -140,6 +145,16 @@ class DecoderOnly(nn.Module):
                 generation_config=to_generation_config(settings, self.model.config),
             )
         return ids_BT
+
+    def _check_length(self, length: int, num_new: int = 0) -> None:
+        longest = self.model.config.to_dict().get("max_position_embeddings")
+        if longest is not None and length + num_new > longest:
+            raise ConfigError(
+                f"visual prompt and text are {length} tokens long, {num_new} may follow, but "
+                f"{self.model.config.model_type} has {longest} positions",
+                where="the prompt and max_tokens of the data, max_new_tokens of the benchmark",
+                fix="shorten one of them, or take a language model of longer texts",
+            )
 
     def _prompt_parts(
         self, visual_prompt_BQL: Tensor | None, prompt_ids_BT: Tensor, prompt_mask_BT: Tensor

@@ -81,7 +81,7 @@ def load_model(auto_class: Any, source: ModelSource, dtype: str, weights: bool, 
                 _give_own_head(model)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{config.model_type} cannot be built by {auto_class.__name__}: {error}",
+            f"{config.model_type} cannot be built by {auto_class.__name__}: {str(error).splitlines()[0]}",
             where="llm.model",
             fix="DecoderOnly takes causal models (OPT, LLaMA, ...), EncoderDecoder sequence-to-sequence ones (T5, ...)",
         ) from error
