@@ -67,6 +67,7 @@ _TRAINED_PARTS: Mapping[str, Part] = {"vision_encoder": "vision_encoder", "langu
 TRAINER_PRECISION = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 """Lightning's precisions that leave trained weights in float32 or better; the others store them in half precision."""
 
+_HALF_MASTERS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 _ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
@@ -97,8 +98,9 @@ def check_trainer_precision(precision: str | int | None, *, where: str = "traine
     """
     name = "32-true" if precision is None else _ALIASES.get(str(precision), str(precision))
     if name not in TRAINER_PRECISION:
+        stored = f"{precision} stores the Q-Former in half precision: {_MASTER}"
         raise ConfigError(
-            f"{precision} stores the Q-Former in half precision: {_MASTER}",
+            stored if name in _HALF_MASTERS else f"Lightning has no precision {precision!r}",
             where=where,
             fix=f"one of {', '.join(TRAINER_PRECISION)}; bf16-mixed for speed",
         )

@@ -53,9 +53,16 @@ def test_precisions_of_the_trainer_that_keep_float32_masters(precision: str | in
     check_trainer_precision(precision)
 
 
-@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "transformer-engine", "transformer-engine-float16", 8])
-def test_precisions_of_the_trainer_that_do_not(precision: str | int) -> None:
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"])
+def test_precisions_of_the_trainer_that_do_not(precision: str) -> None:
     with pytest.raises(ConfigError, match="stores the Q-Former in half precision") as caught:
+        check_trainer_precision(precision)
+    assert "bf16-mixed" in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", [8, "fp8", "half"])
+def test_a_precision_that_lightning_does_not_know_is_not_called_half(precision: str | int) -> None:
+    with pytest.raises(ConfigError, match=f"Lightning has no precision '?{precision}'?") as caught:
         check_trainer_precision(precision)
     assert "bf16-mixed" in str(caught.value)
 
