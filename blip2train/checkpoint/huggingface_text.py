@@ -28,16 +28,38 @@ def tokenizer_settings(tokenizer: Any, text_config: Any) -> dict[str, Any]:
     Args:
         tokenizer: of transformers, as a Blip2Processor calls it.
         text_config: of the language model; its eos ends a generation, whatever the tokenizer's is (OPT: a line break).
+
+    Returns:
+        Arguments by name. `end_token` is an id where no text is exactly that token (half a character of bytes).
     """
     ids = tokenizer(_PROBE)["input_ids"]
-    end = text_config.eos_token_id
-    end_id = end[0] if isinstance(end, list) else end
-    end_token = None if end_id in (None, tokenizer.eos_token_id) else _spelling(tokenizer, int(end_id))
+    end_id = _end_id(text_config)
+    end_token: str | int | None = None
+    if end_id is not None and end_id != tokenizer.eos_token_id:
+        spelled = _spelling(tokenizer, end_id)
+        end_token = end_id if spelled is None else spelled
     return {
         "end_token": end_token,
         "open_prompt": tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
         "close_prompt": len(ids) > 1 and ids[-1] == tokenizer.eos_token_id,
     }
+
+
+def end_note(end_token: str | int | None, tokenizer: Any) -> list[str]:
+    """A word on an end token that only its id names: almost always a mistake in the source's config."""
+    if not isinstance(end_token, int):
+        return []
+    return [
+        f"text_config.eos_token_id is {end_token}, which no text is exactly; the tokenizer's own eos is "
+        f"{tokenizer.eos_token_id}. As in transformers, texts end at {end_token}; if that is a mistake, correct "
+        "eos_token_id in the source's config.json and convert again, or set llm.tokenizer.end_token to null"
+    ]
+
+
+def _end_id(text_config: Any) -> int | None:
+    end = text_config.eos_token_id
+    first = end[0] if isinstance(end, list) else end
+    return None if first is None else int(first)
 
 
 def _spelling(tokenizer: Any, token_id: int) -> str | None:

@@ -36,7 +36,7 @@ from blip2train.checkpoint.huggingface_folder import (
     read_image_processor,
     read_json_file,
 )
-from blip2train.checkpoint.huggingface_text import forget_image_token, tokenizer_settings
+from blip2train.checkpoint.huggingface_text import end_note, forget_image_token, tokenizer_settings
 from blip2train.cli.check import stage_number
 from blip2train.cli.config import compose, resolved_yaml
 from blip2train.cli.convert import OWN_KEYS, write_manifest
@@ -276,7 +276,9 @@ def _language_model(given: dict[str, Any], read: Source, folder: Path, report: C
         **(given.get("tokenizer") or {}),
     }
     if any((own / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer |= {"path": "${llm.path}"} | tokenizer_settings(load_tokenizer(own), read.config.text_config)
+        loaded = load_tokenizer(own)
+        tokenizer |= {"path": "${llm.path}"} | tokenizer_settings(loaded, read.config.text_config)
+        report.notes += end_note(tokenizer["end_token"], loaded)
     question = "Question: {question} Answer:" if decoder_only else "Question: {question} Short answer:"
     described: dict[str, Any] = {
         "caption_prompt": "",

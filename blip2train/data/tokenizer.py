@@ -101,7 +101,8 @@ class LanguageModelTokenizer:
 
     Args:
         tokenizer: a transformers tokenizer.
-        end_token: what ends a target; the tokenizer's eos when omitted. LAVIS ends OPT captions with a line break.
+        end_token: what ends a target, a text or an id; the tokenizer's eos when omitted. LAVIS ends OPT captions with a
+            line break.
         start_token: False never prepends the tokenizer's bos, for models that were trained without one (Pythia).
         open_prompt: False leaves the start token out of a prompt with words in it; an empty prompt keeps it.
         close_prompt: end a prompt by the tokenizer's eos. T5's own tokenizer does, and so do LAVIS and transformers.
@@ -110,7 +111,7 @@ class LanguageModelTokenizer:
     def __init__(
         self,
         tokenizer: Any,
-        end_token: str | None = None,
+        end_token: str | int | None = None,
         start_token: bool = True,
         open_prompt: bool = True,
         close_prompt: bool = False,
@@ -131,7 +132,7 @@ class LanguageModelTokenizer:
     def load(
         cls,
         path: str | Path,
-        end_token: str | None = None,
+        end_token: str | int | None = None,
         start_token: bool = True,
         open_prompt: bool = True,
         close_prompt: bool = False,
@@ -247,7 +248,9 @@ def _require(tokenizer: Any, names: Sequence[str]) -> None:
         )
 
 
-def _single_id(tokenizer: Any, token: str) -> int:
+def _single_id(tokenizer: Any, token: str | int) -> int:
+    if isinstance(token, int):
+        return token
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ConfigError(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,21 @@ def test_opt_ends_by_a_line_break_and_t5_closes_prompts(shared_data: Path, tmp_p
     t5 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "t5")
     expected = {"end_token": None, "open_prompt": False, "close_prompt": True}
     assert tokenizer_settings(t5, T5Config(eos_token_id=1)) == expected
+
+
+def test_an_end_id_without_a_spelling_still_ends_a_text(opt: Path, tmp_path: Path) -> None:
+    """transformers stops at text_config.eos_token_id, whatever the tokenizer can spell; so does ours, and says so."""
+    shutil.copytree(opt, tmp_path / "source")
+    edit_config(tmp_path / "source", text_config={"eos_token_id": 60})  # a row of the model without a token
+    report = run_convert("huggingface", "blip2train", tmp_path / "source", tmp_path / "run")
+    assert any("eos_token_id is 60" in note and "own eos is 1." in note for note in report.notes)
+    tokenizer = build(load_run_config(RunDir(tmp_path / "run")).llm.tokenizer)
+    assert tokenizer.end_id == 60
+    assert tokenizer.encode(["w3"], 8, add_end=True)[0].tolist()[0][-1] == 60
+    assert tokenizer.decode(torch.tensor([[4, 60, 5]])) == ["w0"]
+    assert not any(
+        "eos_token_id" in note for note in run_convert("huggingface", "blip2train", opt, tmp_path / "b").notes
+    )
 
 
 def test_biases_split_and_fuse() -> None:
