@@ -153,9 +153,25 @@ def _vision(export: Export) -> dict[str, Tensor]:
     elif names <= set(changed):
         whole = {}
     else:
+        _require_weights(export)
         whole = dict(build(export.config.model.vision_encoder).backbone.state_dict())
     export.side["eva"] = not any(name.endswith(".attn.qkv.bias") for name in names)
     return whole | changed
+
+
+def _require_weights(export: Export) -> None:
+    """Refuse a frozen encoder that would be drawn anew: the Q-Former was trained on another one.
+
+    Raises:
+        ConfigError: neither the run's parts/ nor its config gives the encoder weights.
+    """
+    encoder = export.config.model.vision_encoder
+    if not encoder.get("pretrained", False) and not encoder.get("weights", None):
+        raise ConfigError(
+            f"the frozen vision encoder {encoder.name} has no weights: it would be exported with random ones",
+            where=f"model.vision_encoder in {export.run.config_path}",
+            fix="set pretrained: true there, or weights: to a file of the encoder that this model was trained on",
+        )
 
 
 def _aside(export: Export) -> dict[str, Tensor]:

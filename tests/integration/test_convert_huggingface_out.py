@@ -285,3 +285,13 @@ def test_the_processor_makes_our_pixels(exported_stage1: Path, shared_data: Path
         grey = (theirs * encoder.std + encoder.mean).round()
         assert (grey - ours).abs().max() <= 1
         assert (theirs - (ours - encoder.mean) / encoder.std).abs().max() < 0.02
+
+
+def test_a_frozen_encoder_without_weights_is_not_exported(tmp_path: Path) -> None:
+    """The run says `pretrained: false` and carries no encoder: what it would export nobody has trained."""
+    config = write_run(tmp_path / "run", 1)
+    config.model.vision_encoder.weights = None
+    RunDir(tmp_path / "run").config_path.write_text(resolved_yaml(config))
+    with pytest.raises(ConfigError, match="has no weights(.|\n)*model.vision_encoder in (.|\n)*pretrained: true"):
+        run_convert("blip2train", "huggingface", tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
