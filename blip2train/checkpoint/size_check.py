@@ -32,13 +32,17 @@ _VISIBLE = {
 }
 
 
-def check_sizes(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> None:
+SET_SIZES = "set them as the file has them, or choose the experiment= that this file belongs to"
+
+
+def check_sizes(state: Mapping[str, Tensor], model: nn.Module, *, where: str, fix: str = SET_SIZES) -> None:
     """Compare the sizes that trained tensors show with those of the model they are for.
 
     Args:
         state: trained tensors by our names.
         model: as the config describes it; on the meta device is enough.
         where: the source, for the error.
+        fix: what the user can do about it.
 
     Raises:
         CheckpointError: one that differs; lists all of them by setting.
@@ -53,7 +57,7 @@ def check_sizes(state: Mapping[str, Tensor], model: nn.Module, *, where: str) ->
         raise CheckpointError(
             f"{len(different)} sizes differ from the config's:\n    " + "\n    ".join(different),
             where=where,
-            fix="set them as the file has them, or choose the experiment= that this file belongs to",
+            fix=fix,
         )
 
 

@@ -37,6 +37,7 @@ from blip2train.checkpoint.huggingface_folder import (
     read_json_file,
 )
 from blip2train.checkpoint.huggingface_text import end_note, forget_image_token, tokenizer_settings
+from blip2train.checkpoint.size_check import check_sizes
 from blip2train.cli.check import stage_number
 from blip2train.cli.config import compose, resolved_yaml
 from blip2train.cli.convert import OWN_KEYS, write_manifest
@@ -315,6 +316,10 @@ def _check_fits(run: RunDir, model: ConvertedModel, read: Source) -> nn.Module:
         CheckpointError: lists what is missing, surplus or of another shape.
     """
     built = build_meta(load_run_config(run))
+    own = (
+        "config.json and the weights are of two models: take both from one folder, or correct the sizes in config.json"
+    )
+    check_sizes(model.state, built, where=str(read.folder), fix=own)
     encoder = built.get_submodule("vision_encoder.backbone")
     problems = _differences(trainable_state_dict(built), model.state, set())
     problems += [f"vision encoder: {item}" for item in _differences(encoder.state_dict(), model.vision, set())]

@@ -301,6 +301,14 @@ def test_an_end_id_without_a_spelling_still_ends_a_text(opt: Path, tmp_path: Pat
     )
 
 
+def test_a_config_of_another_width_is_named_by_its_settings(opt: Path, tmp_path: Path) -> None:
+    shutil.copytree(opt, tmp_path / "source")
+    edit_config(tmp_path / "source", qformer_config={"hidden_size": 48, "num_hidden_layers": 6})
+    error = refused(tmp_path / "source", tmp_path, "model.qformer.hidden_size: the file has 24, the config 48")
+    assert "model.qformer.num_layers: the file has 4, the config 6" in str(error)
+    assert "config.json and the weights" in str(error) and "self_attention" not in str(error)
+
+
 def test_biases_split_and_fuse() -> None:
     bias = torch.tensor([1.0, 2.0, 0.0, 0.0, 3.0, 4.0])
     split = split_qkv_bias({"blocks.0.attn.qkv.bias": bias, "cls_token": bias})
