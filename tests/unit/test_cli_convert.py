@@ -1,6 +1,7 @@
 """The convert verb before it reads anything: its routes, its config, its target."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -132,3 +133,13 @@ def test_a_card_says_what_how_and_what_not(form: str, stage: int) -> None:
         "Licence",
     ):
         assert said in text
+
+
+def test_help_says_what_every_argument_takes_and_its_examples_have_a_route() -> None:
+    shipped: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "convert.yaml"), resolve=False)
+    text = shipped["hydra"]["help"]["template"]
+    assert "$APP_CONFIG_GROUPS" in text and "$CONFIG" in text
+    for said in (*OWN_KEYS, *(start for start, _ in DIRECTIONS)):
+        assert said in text
+    examples = [line.split()[2:] for line in text.splitlines() if line.startswith("blip2train convert from=")]
+    assert len(examples) == 2 and all(plan(compose("convert", example)) for example in examples)
