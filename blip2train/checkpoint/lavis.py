@@ -97,6 +97,9 @@ LEFT_OVER = re.compile(
 )
 """What LAVIS's removal of frozen parameters misses, since it goes by `named_parameters`: second names and buffers."""
 
+WRAPPER = "module."
+"""What torch's DataParallel and DistributedDataParallel put before every name."""
+
 _ADDED_DIMENSIONS = {"cls_token": (0, 0), "pos_embed": (0,)}  # timm's embeddings have a batch, LAVIS's CLIP's have not
 _VISION_PREFIX, _LANGUAGE_PREFIX = "vision_encoder.backbone.", "language_model.model."
 _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
@@ -142,13 +145,14 @@ def from_lavis(state: Mapping[str, Tensor], *, where: str) -> LavisModel:
     """
     kind = next((kind for kind in LANGUAGE_MODELS if f"{kind}_proj.weight" in state), None)
     tower = _tower(state)
-    _check_formats(state, where)
-    _check_repeated(state, where)
+    _check_wrapper(state, where)
     repeated = {POSITION_IDS, *TIED}
     language = [name for name in state if kind is not None and name.startswith(f"{kind}_model.")]
     extra = {name: state[name] for name in language} if all(map(LEFT_OVER.fullmatch, language)) else {}
     rest = {name: tensor for name, tensor in state.items() if name not in repeated and name not in extra}
     ours = translate(rest, table(kind, tower), to="ours", where=where)
+    _check_formats(state, where)  # after the names: of a file that is no LAVIS model, those say more
+    _check_repeated(state, where)
     to_theirs = dict(zip(ours, rest, strict=True))
     vision = _strip(ours, _VISION_PREFIX)
     for name, added in _ADDED_DIMENSIONS.items():
@@ -216,6 +220,18 @@ def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Move what starts with `prefix` out of `state`, without the prefix."""
     names = [name for name in state if name.startswith(prefix)]
     return {name.removeprefix(prefix): state.pop(name) for name in names}
+
+
+def _check_wrapper(state: Mapping[str, Tensor], where: str) -> None:
+    """LAVIS saves the model itself, and loads a file of wrapped names without a word and without a tensor."""
+    if state and all(name.startswith(WRAPPER) for name in state):
+        raise CheckpointError(
+            f"every name starts with {WRAPPER!r}: torch's (Distributed)DataParallel was saved, not the model in it",
+            where=where,
+            fix="take the prefix off, which LAVIS needs as well: content = torch.load(FILE); content['model'] = "
+            f"{{name.removeprefix('{WRAPPER}'): tensor for name, tensor in content['model'].items()}}; "
+            "torch.save(content, NEW_FILE)",
+        )
 
 
 def _check_formats(state: Mapping[str, Tensor], where: str) -> None:

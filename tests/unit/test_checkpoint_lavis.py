@@ -154,6 +154,18 @@ def test_what_cannot_be_kept_is_refused(name: str, value: object, message: str) 
         from_lavis(load_state(["stage1_vitg"]) | {name: value}, where="file")  # type: ignore[dict-item]
 
 
+def test_a_saved_wrapper_is_called_one() -> None:
+    state = {f"module.{name}": tensor for name, tensor in load_state(["stage1_vitg"]).items()}
+    with pytest.raises(CheckpointError, match=r"every name starts with 'module\.'(.|\n)*removeprefix"):
+        from_lavis(state, where="file")
+
+
+def test_a_name_without_a_place_is_named_before_a_number_format() -> None:
+    state = load_state(["stage1_vitg"]) | {"head.weight": torch.zeros(2), "head.steps": torch.zeros(2).long()}
+    with pytest.raises(CheckpointError, match=r"2 of \d+ tensors have no place(.|\n)*head.weight\n    head.steps"):
+        from_lavis(state, where="file")
+
+
 def test_a_lost_part_is_noticed_on_the_way_back() -> None:
     parts = from_lavis(load_state(["stage2_vitg_opt_2_7b"]), where="file")
     lost = LavisModel(parts.model, kind=parts.kind)
