@@ -133,6 +133,12 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\nmodel= is one of {', '.join(MODELS)}")
         return 2
     expected = MODELS[given["model"]]
+    if not Path(given["image"]).is_file():  # before a conversion of many GB, not after it
+        error = ConfigError(
+            "no such file", where=f"image={given['image']}", fix=f"give the picture of {given['model']}'s answers"
+        )
+        print(f"{type(error).__name__}: {error}")
+        return 1
     with tempfile.TemporaryDirectory(dir=given.get("work")) as work:
         folder = Path(work) / "run"
         own = [f"from={expected.format}", "to=blip2train", f"source={given['source']}", f"target={folder}"]

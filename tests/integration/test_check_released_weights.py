@@ -71,3 +71,12 @@ def test_scores(script: ModuleType, image: Path, tmp_path: Path, monkeypatch: py
 def test_usage_names_the_models(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main([]) == 2
     assert "blip2-itm-vit-g" in capsys.readouterr().out
+
+
+def test_a_missing_picture_is_named_before_the_weights_are_read(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "convert", lambda _: pytest.fail("converted first"))
+    own = ["model=blip2-opt-2.7b", f"source={tmp_path}", f"image={tmp_path / 'demo.jpg'}"]
+    assert script.main(own) == 1
+    assert "no such file" in (said := capsys.readouterr().out) and f"image={tmp_path / 'demo.jpg'}" in said
