@@ -253,10 +253,16 @@ def build(config: Any, **arguments: Any) -> Any:
     return hydra.utils.instantiate(config, _convert_="all", **arguments)
 
 
+def _says_something(record: logging.LogRecord) -> bool:
+    """transformers imports DeepSpeed where it is installed, which then reports every machine without a GPU."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
 def quiet_libraries() -> None:
     """Keep third-party chatter out of a user's log; warnings and errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("httpx", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_says_something)
     for message in QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

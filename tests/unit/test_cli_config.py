@@ -1,5 +1,6 @@
 """Composition finds the shipped configs, and a mistake in an override says what exists."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from blip2train.cli.config import PACKAGE_DIR, compose, explain_overrides, require_filled, resolved_yaml
+from blip2train.cli.config import (
+    PACKAGE_DIR,
+    compose,
+    explain_overrides,
+    quiet_libraries,
+    require_filled,
+    resolved_yaml,
+)
 from blip2train.errors import ConfigError
 
 
@@ -113,3 +121,14 @@ def test_a_flag_may_stand_before_or_behind_the_overrides_of_a_sub_verb(arguments
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "depth: 1" in done.stdout, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_deepspeeds_word_on_the_cpu_is_kept_back_and_no_other(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet_libraries()
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "propagate", True)  # DeepSpeed turns it off once it is imported
+    logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+    logger.warning("a real problem")
+    assert [record.getMessage() for record in caplog.records] == ["a real problem"]
