@@ -87,13 +87,14 @@ RULES: dict[Kind, tuple[Rule, ...]] = {
 }
 """One table per class, read in both directions. Our encoder's names are those after `fuse_qkv_bias`."""
 
+_NO_CAPTIONS = "the head that writes captions from [DEC], which transformers' stage 1 does not have"
 NOT_HELD = {
     "temperature": "the learned divisor of the contrastive similarities: transformers returns cosines",
-    "qformer.lm_head.dense.weight": "the head that writes captions from [DEC]: transformers' stage 1 cannot generate",
-    "qformer.lm_head.dense.bias": "part of the same head",
-    "qformer.lm_head.norm.weight": "part of the same head",
-    "qformer.lm_head.norm.bias": "part of the same head",
-    "qformer.lm_head.bias": "part of the same head",
+    "qformer.lm_head.dense.weight": _NO_CAPTIONS,
+    "qformer.lm_head.dense.bias": _NO_CAPTIONS,
+    "qformer.lm_head.norm.weight": _NO_CAPTIONS,
+    "qformer.lm_head.norm.bias": _NO_CAPTIONS,
+    "qformer.lm_head.bias": _NO_CAPTIONS,
 }
 """Our stage-1 tensors that no class of transformers has."""
 

@@ -188,6 +188,14 @@ def card_source(run: RunDir, name: str) -> str:
     return f"{origin['file']} ({origin['from']})" if origin else f"the run {name}"
 
 
+def vision_encoder_name(config: DictConfig) -> str:
+    """A vision encoder's name for a card; timm's name is that of a size, so others are added where they were set."""
+    encoder = config.model.vision_encoder
+    own: Any = OmegaConf.to_container(encoder.get("model_args", None) or OmegaConf.create({}), resolve=True)
+    sizes = [f"{key} {own[key]}" for key in ("embed_dim", "depth", "num_heads", "patch_size") if key in own]
+    return f"the network of {encoder.name} with {', '.join(sizes)}" if sizes else str(encoder.name)
+
+
 def language_model_name(config: DictConfig) -> str:
     """A language model's name for a card: never a path of this machine, which says nothing elsewhere."""
     folder = Path(str(config.llm.path))

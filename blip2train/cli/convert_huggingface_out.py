@@ -38,7 +38,7 @@ from blip2train.checkpoint.huggingface_text import add_image_rows, frame_prompts
 from blip2train.checkpoint.model_card import ModelCard
 from blip2train.cli.check import stage_number
 from blip2train.cli.config import build
-from blip2train.cli.convert import card_source, language_model_name
+from blip2train.cli.convert import card_source, language_model_name, vision_encoder_name
 from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.meta import build_meta
 from blip2train.errors import ConfigError
@@ -328,7 +328,8 @@ def _write_side(export: Export, tensors: Tensors, folder: Path, report: Conversi
     if kept:
         save_tensors(kept, folder / SIDE_TENSORS)
         report.kept_aside += sorted(kept)
-    report.not_held += [f"{name}: {NOT_HELD[name]}" for name in kept]
+    reasons = dict.fromkeys(NOT_HELD[name] for name in kept)
+    report.not_held += [f"{', '.join(name for name in kept if NOT_HELD[name] == why)}: {why}" for why in reasons]
     if export.from_huggingface:
         return
     encoder = export.config.model.vision_encoder
@@ -342,8 +343,7 @@ def _write_side(export: Export, tensors: Tensors, folder: Path, report: Conversi
 
 
 def _write_card(export: Export, folder: Path, report: ConversionReport) -> None:
-    encoder = export.config.model.vision_encoder
-    backbones = {"vision encoder": str(encoder.name)}
+    backbones = {"vision encoder": vision_encoder_name(export.config)}
     if export.kind == "generation":
         backbones["language model"] = language_model_name(export.config)
     card = ModelCard(

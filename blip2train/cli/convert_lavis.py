@@ -19,6 +19,7 @@ from blip2train.cli.convert import (
     card_source,
     language_model_name,
     model_config,
+    vision_encoder_name,
     write_manifest,
     write_run_config,
 )
@@ -235,7 +236,7 @@ def _write_backbones(parts: LavisModel, config: DictConfig, folder: Path) -> dic
 def _card(config: DictConfig, run: RunDir, step: int, report: ConversionReport) -> str:
     from blip2train.checkpoint.model_card import ModelCard
 
-    backbones = {"vision encoder": str(config.model.vision_encoder.name)}
+    backbones = {"vision encoder": vision_encoder_name(config)}
     if check.stage_number(config) == 2:
         backbones["language model"] = language_model_name(config)
     return ModelCard(

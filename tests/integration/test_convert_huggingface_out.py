@@ -167,6 +167,7 @@ def exported_stage1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder / "run", 1, *own, "model.ln_vision_eps=1e-6", "model.contrastive_dim=16")
     report = run_convert("blip2train", "huggingface", folder / "run", folder / "out")
     assert any("temperature" in item for item in report.not_held)
+    assert len([item for item in report.not_held if "lm_head" in item]) == 1, "one head, one line"
     return folder
 
 

@@ -18,6 +18,7 @@ from blip2train.cli.convert import (
     load_direction,
     model_config,
     plan,
+    vision_encoder_name,
 )
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, write_json
@@ -143,3 +144,11 @@ def test_help_says_what_every_argument_takes_and_its_examples_have_a_route() -> 
         assert said in text
     examples = [line.split()[2:] for line in text.splitlines() if line.startswith("blip2train convert from=")]
     assert len(examples) == 2 and all(plan(compose("convert", example)) for example in examples)
+
+
+def test_a_card_gives_the_sizes_of_an_encoder_that_is_not_timms() -> None:
+    encoder: dict[str, Any] = {"name": "eva_giant_patch14_clip_224"}
+    assert vision_encoder_name(OmegaConf.create({"model": {"vision_encoder": encoder}})) == encoder["name"]
+    encoder["model_args"] = {"embed_dim": 24, "depth": 2, "qkv_bias": True}
+    said = vision_encoder_name(OmegaConf.create({"model": {"vision_encoder": encoder}}))
+    assert said == "the network of eva_giant_patch14_clip_224 with embed_dim 24, depth 2"
