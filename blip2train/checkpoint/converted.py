@@ -151,11 +151,18 @@ def write_atomically(
         only: the one file of that folder that becomes `target`; conversion.json is put beside it.
 
     Raises:
-        ConfigError: `target` holds something already.
+        ConfigError: `target` holds something already, or a file is where a folder above it must be.
         CheckpointError: the disk is full or not writable.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError("the target is in use", where=f"target={target}", fix="give a new name, or delete it first")
+    files = [folder for folder in target.parents if folder.is_file()]
+    if files:
+        raise ConfigError(
+            f"{files[0]} is a file, so no folder can be made in it",
+            where=f"target={target}",
+            fix="give a target in a folder",
+        )
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     try:

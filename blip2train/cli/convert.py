@@ -40,6 +40,9 @@ DIRECTIONS = {
 LAVIS_FILE = Path("model.pth")
 """What a LAVIS target folder holds; a target= that ends like it is that file itself."""
 
+LAST = "last"
+"""What source_checkpoint= is where nobody sets it."""
+
 OWN_KEYS = ("from", "to", "source", "target", "source_checkpoint")
 """What convert.yaml adds to a training config; a converted run's config.yaml holds none of it."""
 
@@ -108,12 +111,13 @@ def plan(config: DictConfig) -> list[str]:
 
 
 def check_overrides(config: DictConfig) -> None:
-    """Out of our form, the run's config.yaml describes the model: nothing given beside it would be read.
+    """Out of our form, the run's config.yaml describes the model; into it, there is no choice of checkpoints.
 
     Raises:
-        ConfigError: an experiment or another value of a training is given.
+        ConfigError: a value is given that would not be read.
     """
     if config["from"] != OURS:
+        _check_no_checkpoint(config)
         return
     plain: Any = OmegaConf.to_container(compose("convert", []), resolve=False)
     given: Any = OmegaConf.to_container(config, resolve=False)
@@ -123,6 +127,15 @@ def check_overrides(config: DictConfig) -> None:
             f"from={OURS} takes the model from the run's config.yaml; not read: {', '.join(unread)}",
             where=f"{', '.join(unread)} on the command line",
             fix=f"leave them out; besides from=, to=, source= and target= only {OWN_KEYS[-1]}= counts",
+        )
+
+
+def _check_no_checkpoint(config: DictConfig) -> None:
+    if config.source_checkpoint != LAST:
+        raise ConfigError(
+            f"a source of {config['from']} holds one state of the weights: not read",
+            where=f"source_checkpoint={config.source_checkpoint}",
+            fix=f"leave it out; it chooses among the checkpoints of a run, with from={OURS}",
         )
 
 

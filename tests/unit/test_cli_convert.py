@@ -81,6 +81,21 @@ def test_out_of_our_form_nothing_is_accepted_that_nobody_reads() -> None:
         check_overrides(compose("convert", given))
 
 
+@pytest.mark.parametrize("start", ["lavis", "huggingface"])
+def test_a_checkpoint_is_chosen_of_a_run_only(start: str) -> None:
+    given = arguments(start, "blip2train")
+    check_overrides(compose("convert", given))
+    with pytest.raises(ConfigError, match="not read(.|\n)*source_checkpoint=step-0000450(.|\n)*from=blip2train"):
+        check_overrides(compose("convert", [*given, "source_checkpoint=step-0000450"]))
+
+
+def test_a_file_in_the_targets_path_is_named(tmp_path: Path) -> None:
+    """Not as a full disk: there is nothing to free."""
+    (tmp_path / "file").write_text("f")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'file'} is a file(.|\n)*target="):
+        write_atomically(tmp_path / "file" / "deeper" / "new", lambda _: pytest.fail("written"))
+
+
 def test_a_target_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     def write(folder: Path) -> ConversionReport:
         assert not (tmp_path / folder.name.removesuffix(".partial")).exists()
