@@ -170,7 +170,8 @@ def _require_weights(export: Export) -> None:
         raise ConfigError(
             f"the frozen vision encoder {encoder.name} has no weights: it would be exported with random ones",
             where=f"model.vision_encoder in {export.run.config_path}",
-            fix="set pretrained: true there, or weights: to a file of the encoder that this model was trained on",
+            fix="set pretrained: true there, or weights: to a file of the encoder that this model was trained on "
+            "(from=lavis: model.vision_encoder.pretrained=true or model.vision_encoder.weights=FILE)",
         )
 
 
