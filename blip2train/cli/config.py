@@ -69,9 +69,22 @@ def divide(total: int, *parts: int) -> int:
     return int(total) // math.prod(parts)
 
 
+def options_first(arguments: list[str]) -> list[str]:
+    """Move overrides behind options: argparse, under Hydra, takes `a=1 --config-dir DIR b=2` for a mistake.
+
+    A word that is neither, a sub-verb or an option's value, keeps its place among the options.
+    """
+
+    def is_override(argument: str) -> bool:
+        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+    return sorted(arguments, key=is_override)
+
+
 def run_verb(config_name: str, function: Callable[[DictConfig], None]) -> None:
     """Run `function` under Hydra with the arguments of this process; user errors end with one clear message."""
     register_resolvers()
+    sys.argv[1:] = options_first(sys.argv[1:])
     composed = False
 
     @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
@@ -115,16 +128,14 @@ def run_subverb(
         verbs: name -> (config, function).
         extra: overrides that every one of them gets.
     """
+    sys.argv[1:] = options_first(sys.argv[1:])
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in verbs:
         asked = name in {"-h", "--help"}
         (sys.stdout if asked else sys.stderr).write(usage + "\n")
         raise SystemExit(0 if asked else 2)
     del sys.argv[1]
-    # beside the other overrides: argparse takes one group of them, and a flag (`--cfg job`) may follow
-    overrides = (place for place, item in enumerate(sys.argv) if place and "=" in item and item[0] not in "-~")
-    place = next(overrides, len(sys.argv))
-    sys.argv[place:place] = extra
+    sys.argv += extra
     run_verb(*verbs[name])
 
 

@@ -33,18 +33,6 @@ Every verb takes Hydra overrides (key=value, group=option), --help, --cfg job (p
 makes sense, -m for a sweep. The configs lie in configs/ (in an installed package: blip2train/configs/)."""
 
 
-def options_first(arguments: list[str]) -> list[str]:
-    """Move overrides behind options: argparse, under Hydra, takes `a=1 --config-dir DIR b=2` for a mistake.
-
-    A word that is neither, a sub-verb or an option's value, keeps its place among the options.
-    """
-
-    def is_override(argument: str) -> bool:
-        return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
-
-    return sorted(arguments, key=is_override)
-
-
 def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
@@ -61,7 +49,7 @@ def main() -> None:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         sys.stderr.write(f"blip2train: unknown verb {verb!r}{hint}\n\n{usage()}\n")
         raise SystemExit(2)
-    os.execv(sys.executable, [sys.executable, "-m", f"blip2train.cli.{verb}", *options_first(rest)])
+    os.execv(sys.executable, [sys.executable, "-m", f"blip2train.cli.{verb}", *rest])
 
 
 if __name__ == "__main__":

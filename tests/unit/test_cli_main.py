@@ -3,7 +3,7 @@
 import pytest
 from hydra._internal.utils import get_args_parser
 
-from blip2train.cli.main import options_first
+from blip2train.cli.config import options_first
 
 
 @pytest.mark.parametrize(
