@@ -7,7 +7,7 @@ of stage 1 and hold the encoder's q, k and v biases as one vector, where timm's 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -157,6 +157,11 @@ def to_theirs(tensors: Tensors, kind: Kind, where: str) -> dict[str, Tensor]:
     ours |= {f"{VISION}{name}": tensor for name, tensor in fuse_qkv_bias(tensors.vision).items()}
     ours |= {f"{LANGUAGE_MODEL}{name}": tensor for name, tensor in tensors.language_model.items()}
     return translate(ours, RULES[kind], to="theirs", where=where) | tensors.aside
+
+
+def is_eva(names: Iterable[str]) -> bool:
+    """Whether an encoder's tensors, by timm's names, are those of its EVA: q and v bias apart, none of k."""
+    return not any(name.endswith(".attn.qkv.bias") for name in names)
 
 
 def has_no_k_bias(vision: Mapping[str, Tensor]) -> bool:

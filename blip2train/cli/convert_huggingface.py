@@ -21,7 +21,7 @@ from blip2train.checkpoint.converted import (
     save_tensors,
     write_converted,
 )
-from blip2train.checkpoint.huggingface import NOT_HELD, STAGES, Kind, Tensors, to_ours
+from blip2train.checkpoint.huggingface import NOT_HELD, STAGES, Kind, Tensors, is_eva, to_ours
 from blip2train.checkpoint.huggingface import VISION as VISION_PREFIX
 from blip2train.checkpoint.huggingface_folder import (
     CONFIG,
@@ -48,7 +48,7 @@ from blip2train.data.tokenizer import QFormerTokenizer
 from blip2train.errors import CheckpointError, ConfigError
 from blip2train.model.freezing import trainable_state_dict
 from blip2train.run_dir import RunDir, write_json
-from blip2train.weight_files import find_weights, in_folder, read_tensors, read_weights
+from blip2train.weight_files import in_folder, read_tensors, read_weights
 
 __all__ = ["from_huggingface", "to_huggingface"]
 
@@ -80,7 +80,6 @@ def from_huggingface(config: DictConfig, source: Path, folder: Path) -> Conversi
     raw = read_json_file(source / CONFIG)
     kind = settings.model_kind(raw, str(source / CONFIG))
     theirs = settings.read_config(raw, kind, str(source / CONFIG))
-    find_weights(in_folder(source), where=str(source))
     described = _described(config, kind, theirs)
     side = read_json_file(source / SIDE_FACTS) if (source / SIDE_FACTS).is_file() else {}
     tensors = to_ours(read_weights(in_folder(source), where=str(source)), kind, str(source), side.get("eva"))
@@ -133,8 +132,7 @@ def _described(config: DictConfig, kind: Kind, theirs: Any) -> dict[str, Any]:
             fix="give the experiment of this model, or none: the source says what it is",
         )
     described: Any = OmegaConf.to_container(config, resolve=False)
-    return {key: value for key, value in described.items() if key not in ("from", "to", "source", "target",
-            "source_checkpoint", "hydra")}  # fmt: skip
+    return {key: value for key, value in described.items() if key not in (*OWN_KEYS, "hydra")}
 
 
 def _given(config: Any, plain: Any) -> dict[str, Any]:
@@ -227,7 +225,7 @@ def _write_config(
     described |= {"run_dir": RUN_DIR, "init_from": None, "init_qformer": None, "expected_global_batch": None}
     parts = "${run_dir}/" + PARTS
     dtype = _format(list(model.vision.values()))
-    encoder = settings.vision_settings(read.config, read.processor, dtype, eva=_is_eva(model.vision))
+    encoder = settings.vision_settings(read.config, read.processor, dtype, eva=is_eva(model.vision))
     encoder |= {"weights": f"{parts}/{VISION}"} | read.side.get("vision_encoder", {})
     network = described["model"]
     network["vision_encoder"] = encoder
@@ -293,11 +291,6 @@ def _language_model(given: dict[str, Any], read: Source, folder: Path, report: C
     }
     described |= read.side.get("llm", {})
     return described
-
-
-def _is_eva(vision: dict[str, Tensor]) -> bool:
-    """Whether `to_ours` has written the encoder as timm's EVA."""
-    return not any(name.endswith(".attn.qkv.bias") for name in vision)
 
 
 def _format(tensors: list[Tensor]) -> str:

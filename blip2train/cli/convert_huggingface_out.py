@@ -20,7 +20,7 @@ from blip2train.checkpoint.converted import (
     read_converted,
     save_tensors,
 )
-from blip2train.checkpoint.huggingface import NOT_HELD, Kind, Tensors, to_theirs
+from blip2train.checkpoint.huggingface import NOT_HELD, Kind, Tensors, is_eva, to_theirs
 from blip2train.checkpoint.huggingface import VISION as VISION_PREFIX
 from blip2train.checkpoint.huggingface_folder import (
     GENERATION,
@@ -155,7 +155,7 @@ def _vision(export: Export) -> dict[str, Tensor]:
     else:
         _require_weights(export)
         whole = dict(build(export.config.model.vision_encoder).backbone.state_dict())
-    export.side["eva"] = not any(name.endswith(".attn.qkv.bias") for name in names)
+    export.side["eva"] = is_eva(names)
     return whole | changed
 
 
