@@ -1,85 +1,44 @@
-"""`blip2train data pack|check`: your images and captions -> shards; shards -> what is in them."""
+"""`blip2train data VERB`: the tools around shards. This file only finds them; each lies in `data_<verb>.py`."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from pathlib import Path
-from typing import Any
+import importlib
+from collections.abc import Callable
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
-from blip2train.cli.config import require_filled, run_subverb
-from blip2train.cli.evaluate import show_progress
-from blip2train.errors import ConfigError, DataError
+from blip2train.cli.config import run_subverb
 
-log = logging.getLogger(__name__)
-
-USAGE = """usage: blip2train data pack input=FOLDER out=SHARDS [captions=FILE.jsonl]
-       blip2train data pack source=coco input=IMAGES captions=captions_train2017.json out=SHARDS
-       blip2train data check 'urls=[SHARDS/*.tar]'
-
-`data pack --help` and `data check --help` list every setting."""
+VERBS = {
+    "pack": "images with captions or questions -> shards      input=FOLDER out=SHARDS [source=coco ...]",
+    "check": "shards -> what is in them, and what is wrong     'urls=[SHARDS/*.tar]'",
+}
+"""Name -> one line of help. `data pack` is configs/data_pack.yaml and the function `run` of cli/data_pack.py."""
 
 
 def main() -> None:
-    verbs = {"pack": ("data_pack", pack), "check": ("data_check", check)}
-    run_subverb(USAGE, verbs)
+    run_subverb(usage(), {verb: (_module(verb), _runner(verb)) for verb in VERBS})
 
 
-def pack(config: DictConfig) -> None:
-    """Images with captions -> shards with an index and a manifest; continues where an interrupted call stopped."""
-    require_filled(config)
-    from blip2train.data.pack import pack_coco, pack_folder
+def usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return f"""usage: blip2train data VERB [overrides]
 
-    sources = {"folder": pack_folder, "coco": pack_coco}
-    if config.source not in sources:
-        raise ConfigError(f"unknown source {config.source!r}", where="source", fix=f"one of {', '.join(sources)}")
-    captions = config.captions or Path(config.input) / "captions.jsonl"
-    with show_progress("packing") as progress:
-        manifest = sources[config.source](config.input, captions, config.out, progress=progress, **dict(config.shards))
-    _print_manifest(config.out, manifest)
+{verbs}
+
+`blip2train data VERB --help` lists every setting."""
 
 
-def _print_manifest(out: str, manifest: dict[str, Any]) -> None:
-    table = Table(title=f"{out}", show_header=False)
-    for name, value in manifest.items():
-        if not isinstance(value, list | dict):
-            table.add_row(name, str(value))
-    for cause, count in manifest.get("skipped", {}).items():
-        names = manifest.get("skipped_examples", {}).get(cause, [])
-        table.add_row(f"skipped: {cause}", f"{count}  ({', '.join(names)})")
-    Console().print(table)
+def _module(verb: str) -> str:
+    return f"data_{verb.replace('-', '_')}"
 
 
-def check(config: DictConfig) -> None:
-    """Read every record of some shards as training would and count what is in them and what would be dropped."""
-    require_filled(config)
-    from blip2train.data.sample import DropCounter, read_eval_items
-    from blip2train.data.shards import expand_urls
+def _runner(verb: str) -> Callable[[DictConfig], None]:
+    def run(config: DictConfig) -> None:
+        importlib.import_module(f"blip2train.cli.{_module(verb)}").run(config)
 
-    urls = expand_urls(config.urls if isinstance(config.urls, str) else list(config.urls))
-    dropped = DropCounter("check", max_dropped_share=1.0)
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    with show_progress("checking") as progress:
-        for item in read_eval_items(urls, lambda image, generator: image, config.limit, counter=dropped):
-            counts["images"] += 1
-            counts["captions"] += len(item.captions)
-            counts["questions"] += len(item.questions)
-            counts["images without caption"] += not item.captions
-            sizes[f"{item.image.shape[2]}x{item.image.shape[1]}"] += 1
-            progress(counts["images"], None)
-    counts.update({f"dropped: {cause}": n for cause, n in dropped.as_dict().items() if n and cause != "used"})
-    if not counts["images"]:
-        raise DataError("no usable record", where=", ".join(urls[:3]), fix="pack the data again")
-    table = Table(title=f"{len(urls)} shards", show_header=False)
-    for name, count in counts.items():
-        table.add_row(name, f"{count:,}")
-    table.add_row("commonest sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(4)))
-    Console().print(table)
+    return run
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli import check
 from blip2train.cli.config import build, find_user_error, quiet_libraries, register_resolvers, require_filled, run_verb
+from blip2train.cli.progress import show_progress
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from blip2train.benchmark.base import BenchmarkResult, Progress
+    from blip2train.benchmark.base import BenchmarkResult
 
 log = logging.getLogger(__name__)
 
@@ -114,19 +113,6 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-@contextmanager
-def show_progress(title: str) -> Iterator[Progress]:
-    """A progress bar with rate and ETA on a terminal; on a log file, silence until the result."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _build_benchmark(name: str, part: DictConfig) -> Any:

@@ -17,7 +17,7 @@ VERBS = {
     "report": "one HTML page from run folders:  report 'runs=[outputs/a,outputs/b]'",
     "convert": "LAVIS's and transformers' weights in and out:  convert from=lavis to=blip2train source=...",
     "show": "look inside:  show batch | masks | params | estimate | config | paper-diff  [overrides as for train]",
-    "data": "make shards:  data pack input=FOLDER out=SHARDS | data check urls=...",
+    "data": "shards: make, check and look at them: data pack input=FOLDER out=SHARDS; `data --help` lists all",
     "microworld": "the embedded world:  microworld build | microworld pretrain part=opt",
 }
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from blip2train.cli.config import build as build_object
 from blip2train.cli.config import quiet_libraries, require_filled, run_subverb
-from blip2train.cli.evaluate import show_progress
+from blip2train.cli.progress import show_progress
 
 if TYPE_CHECKING:
     from blip2train.benchmark.base import Progress
