@@ -47,13 +47,17 @@ class ImageSpec:
 
 @dataclass(slots=True)
 class Sample:
-    """One decoded training pair: `image` is uint8 (3, h, w), already transformed to the encoder's size."""
+    """One decoded training pair: `image` is uint8 (3, h, w), already transformed to the encoder's size.
+
+    `epoch` is the dataset's own: how often its records had been gone through before this draw.
+    """
 
     key: str
     dataset: str
     image: Tensor
     caption: str
     image_id: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,8 @@ def to_image_id(raw: str | int) -> int:
         return raw
     if raw.isdecimal() and len(raw) <= 18:
         return int(raw)
-    return int.from_bytes(hashlib.sha256(raw.encode()).digest()[:8], "big") >> 1
+    # surrogatepass: names in a tar need not be UTF-8
+    return int.from_bytes(hashlib.sha256(raw.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def _check_sizes(batch: object, names: tuple[str, ...]) -> None:

@@ -16,22 +16,25 @@ from blip2train.errors import DataError
 def run(config: DictConfig) -> None:
     """Read every record of some shards as training would and count what is in them and what would be dropped."""
     require_filled(config)
-    from blip2train.data.sample import DropCounter, read_eval_items
+    from blip2train.data.drop import DropLedger
+    from blip2train.data.sample import read_eval_items
     from blip2train.data.shards import expand_urls
 
     urls = expand_urls(config.urls if isinstance(config.urls, str) else list(config.urls))
-    dropped = DropCounter("check", max_dropped_share=1.0)
+    dropped = DropLedger(["check"], max_dropped_share=1.0)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     with show_progress("checking") as progress:
-        for item in read_eval_items(urls, lambda image, generator: image, config.limit, counter=dropped):
+        for item in read_eval_items(
+            urls, lambda image, generator: image, config.limit, ledger=dropped, dataset="check"
+        ):
             counts["images"] += 1
             counts["captions"] += len(item.captions)
             counts["questions"] += len(item.questions)
             counts["images without caption"] += not item.captions
             sizes[f"{item.image.shape[2]}x{item.image.shape[1]}"] += 1
             progress(counts["images"], None)
-    counts.update({f"dropped: {cause}": n for cause, n in dropped.as_dict().items() if n and cause != "used"})
+    counts.update({f"dropped: {cause}": n for cause, n in dropped.counts()["check"].items() if n and cause != "used"})
     if not counts["images"]:
         raise DataError("no usable record", where=", ".join(urls[:3]), fix="pack the data again")
     table = Table(title=f"{len(urls)} shards", show_header=False)

@@ -23,9 +23,9 @@ from typing import TypeVar
 from torch.utils.data import IterableDataset, get_worker_info
 
 from blip2train.batch import Sample
+from blip2train.data.drop import DropCounter, counts_to_dict, empty_counts
 from blip2train.data.image_transform import Transform
 from blip2train.data.reader import RecordReader
-from blip2train.data.sample import DropCounter, counts_to_dict, empty_counts
 from blip2train.data.shards import Shard, open_shards
 from blip2train.data.stream import SampleStream
 from blip2train.errors import ConfigError, DataError

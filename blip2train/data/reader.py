@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 
 from blip2train.batch import Sample
+from blip2train.data.drop import Drop, DropCounter
 from blip2train.data.image_transform import Transform
-from blip2train.data.sample import DropCounter, Dropped, to_sample
+from blip2train.data.sample import to_sample
 from blip2train.data.shards import RawRecord
 from blip2train.errors import DataError
 
@@ -57,8 +58,8 @@ class RecordReader:
     def decode(self, epoch: int, record: RawRecord) -> Sample | None:
         """The sample of a taken record; None, counted and logged, if it cannot be used."""
         sample = self._to_sample(epoch, record)
-        if isinstance(sample, Dropped):
-            self._counter.drop(record, sample)
+        if isinstance(sample, Drop):
+            self._counter.drop(sample)
             return None
         self._counter.keep()
         return sample
@@ -76,7 +77,7 @@ class RecordReader:
             epoch, record = self._ahead[self._num_looked]
             self._num_looked += 1
             sample = self._to_sample(epoch, record)
-            if not isinstance(sample, Dropped):
+            if not isinstance(sample, Drop):
                 return sample
         raise DataError(
             f"{_MAX_LOOKAHEAD} records in a row of dataset {self._name} cannot be used",
@@ -84,12 +85,14 @@ class RecordReader:
             fix="the log names the first causes; repair or repack the dataset",
         )
 
-    def _to_sample(self, epoch: int, record: RawRecord) -> Sample | Dropped:
+    def _to_sample(self, epoch: int, record: RawRecord) -> Sample | Drop:
         generator = keyed_generator(f"{self._seed}/{self._name}/sample/{epoch}/{record['__key__']}")
-        return to_sample(record, self._name, self._transform, generator)
+        return to_sample(record, self._name, self._transform, generator, epoch)
 
 
 def keyed_generator(key: str) -> torch.Generator:
     """A generator that depends on nothing but the key."""
     # torch seeds its CPU generator with 32 bits
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"))
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:4], "big")
+    )

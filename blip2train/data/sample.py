@@ -12,133 +12,74 @@ LAION), is one caption.
 from __future__ import annotations
 
 import json
-import logging
+import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2train.batch import EvalItem, Question, Sample, to_image_id
 from blip2train.data.caption import clean_caption
+from blip2train.data.drop import Drop, DropCause, DropLedger
 from blip2train.data.image_transform import Transform, decode_image
 from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, expand_urls, read_shard
 from blip2train.errors import DataError
 
-logger = logging.getLogger(__name__)
-
-DropCause = Literal["no_image", "corrupt_image", "bad_json", "no_caption", "empty_caption"]
-DROP_CAUSES: tuple[DropCause, ...] = get_args(DropCause)
-
-_LOGGED_DROPS = 10
+_MAX_CHARACTERS = 10_000
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """Why a record cannot be used."""
+class _UnusableError(Exception):
+    """Why a record cannot be used; becomes its `Drop`."""
 
-    cause: DropCause
-    detail: str
+    def __init__(self, cause: DropCause, detail: str) -> None:
+        self.cause, self.detail = cause, detail
 
 
-class DropCounter:
-    """Counts used and dropped records of one dataset, and stops the run when too many are dropped.
+def to_sample(
+    record: RawRecord, dataset: str, transform: Transform, generator: torch.Generator, epoch: int = 0
+) -> Sample | Drop:
+    """Decode one record for training.
 
     Args:
-        name: dataset, for messages.
-        max_dropped_share: DataError above this share, judged once `minimum_records` have been seen.
-        minimum_records: seen before the share is judged.
-        counts: (1 + number of causes,) int64 to count in: used, then one place per cause. Shared memory lets the main
-            process read what loader workers count.
+        record: as `shards` reads it; one that could not be read carries its cause under `__broken__`.
+        dataset: the source's name.
+        transform: training augmentation.
+        generator: draws the caption, uniformly over the usable ones, and the augmentation.
+        epoch: of the dataset, for `Sample.epoch`.
     """
-
-    def __init__(
-        self, name: str, max_dropped_share: float = 0.1, minimum_records: int = 100, counts: Tensor | None = None
-    ) -> None:
-        self.name = name
-        self._max_dropped_share = max_dropped_share
-        self._minimum_records = minimum_records
-        self._counts = (empty_counts() if counts is None else counts).numpy()
-
-    def keep(self) -> None:
-        self._counts[0] += 1
-
-    def drop(self, record: RawRecord, dropped: Dropped) -> None:
-        """Count one dropped record and name it in the log (the first few of each dataset).
-
-        Raises:
-            DataError: the dropped share is above the limit.
-        """
-        self._counts[1 + DROP_CAUSES.index(dropped.cause)] += 1
-        where = f"{record['__url__']} key {record['__key__']}"
-        num_dropped = int(self._counts[1:].sum())
-        if num_dropped <= _LOGGED_DROPS:
-            logger.warning("%s: dropped (%s: %s) %s", self.name, dropped.cause, dropped.detail, where)
-        num_seen = num_dropped + int(self._counts[0])
-        if num_seen >= self._minimum_records and num_dropped > self._max_dropped_share * num_seen:
-            causes = ", ".join(
-                f"{count} {cause}" for cause, count in self.as_dict().items() if count and cause != "used"
-            )
-            raise DataError(
-                f"{num_dropped} of {num_seen} records of {self.name} cannot be used ({causes}); allowed share is "
-                f"{self._max_dropped_share:g}; last: {dropped.detail}",
-                where=where,
-                fix="repack the data (`blip2train data pack ... validate_images=true`) or raise data.max_dropped_share",
-            )
-
-    def as_dict(self) -> dict[str, int]:
-        return counts_to_dict(self._counts.tolist())
-
-
-def empty_counts(*leading: int) -> Tensor:
-    """Zeros (..., 1 + number of causes) for `DropCounter`."""
-    return torch.zeros(*leading, 1 + len(DROP_CAUSES), dtype=torch.int64)
-
-
-def counts_to_dict(counts: Sequence[int]) -> dict[str, int]:
-    return dict(zip(("used", *DROP_CAUSES), counts, strict=True))
-
-
-def to_sample(record: RawRecord, dataset: str, transform: Transform, generator: torch.Generator) -> Sample | Dropped:
-    """Decode one record; caption (uniform over the non-empty ones) and augmentation are drawn from `generator`."""
-    fields = _read_fields(record)
-    if isinstance(fields, Dropped):
-        return fields
-    captions = _captions(fields)
-    if not captions:
-        return Dropped("no_caption", "neither captions in the JSON nor a txt file")
-    usable = [caption for caption in captions if clean_caption(caption)]
-    if not usable:
-        return Dropped("empty_caption", f"nothing left of {captions[0]!r} after cleaning")
-    # always drawn, so that the augmentation does not depend on the number of captions
-    choice = int(torch.randint(1 << 31, (), generator=generator)) % len(usable)
-    image = _read_image(record)
-    if isinstance(image, Dropped):
-        return image
+    try:
+        fields = _read_fields(record)
+        usable = _usable_captions(fields)
+        # always drawn, so that the augmentation does not depend on the number of captions
+        choice = int(torch.randint(1 << 31, (), generator=generator)) % len(usable)
+        image = _read_image(record)
+    except _UnusableError as error:
+        return _drop(record, dataset, error)
     key = record["__key__"]
-    return Sample(key, dataset, transform(image, generator), usable[choice], _image_id(fields, key))
+    return Sample(key, dataset, transform(image, generator), usable[choice], _image_id(fields, key), epoch)
 
 
-def to_eval_item(record: RawRecord, transform: Transform) -> EvalItem | Dropped:
-    """Decode one record with all its captions and questions, as written."""
-    fields = _read_fields(record)
-    if isinstance(fields, Dropped):
-        return fields
-    image = _read_image(record)
-    if isinstance(image, Dropped):
-        return image
+def to_eval_item(record: RawRecord, dataset: str, transform: Transform) -> EvalItem | Drop:
+    """Decode one record with all its captions and questions, as written; neither is required."""
     key = record["__key__"]
     try:
-        questions = tuple(_question(row, f"{key}/{index}") for index, row in enumerate(fields.get("questions", ())))
-    except (KeyError, TypeError, AttributeError) as error:
-        return Dropped("bad_json", f"a question without {error}")
+        fields = _read_fields(record)
+        captions = _captions(fields)
+        for caption in captions:
+            _check_text(caption)
+        image = _read_image(record)
+        questions = _questions(fields, key)
+    except _UnusableError as error:
+        return _drop(record, dataset, error)
     known = ("captions", "caption", "image_id", "questions")
     return EvalItem(
         key=key,
         image_id=_image_id(fields, key),
         image=transform(image, None),
-        captions=tuple(caption for caption in _captions(fields) if caption.strip()),
+        captions=tuple(caption for caption in captions if caption.strip()),
         questions=questions,
         extra={name: value for name, value in fields.items() if name not in known},
     )
@@ -150,7 +91,8 @@ def read_eval_items(
     limit: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    counter: DropCounter | None = None,
+    ledger: DropLedger | None = None,
+    dataset: str = "evaluation data",
 ) -> Iterator[EvalItem]:
     """Read every record exactly once, in shard order: the finite stream that benchmarks use.
 
@@ -160,13 +102,14 @@ def read_eval_items(
         limit: stop after this many records over all ranks.
         rank: takes records whose index is `rank` modulo `world_size`.
         world_size: number of readers that share the records.
-        counter: counts what is used and dropped. By default the first record that cannot be used is an error: a
+        ledger: counts what is used and dropped. By default the first record that cannot be used is an error: a
             benchmark that silently lacks an image is another benchmark.
+        dataset: name under which the ledger counts.
 
     Raises:
         DataError: shards missing, a record that cannot be used (above the allowed share), or nothing left.
     """
-    counter = counter or DropCounter(f"evaluation data {urls}", max_dropped_share=0.0, minimum_records=1)
+    ledger = ledger or DropLedger([dataset], max_dropped_share=0.0, minimum_records=1)
     num_read = 0
     for index, record in enumerate(record for url in expand_urls(urls) for record in read_shard(url)):
         if index == limit:
@@ -174,36 +117,102 @@ def read_eval_items(
         num_read += 1
         if index % world_size != rank:
             continue
-        item = to_eval_item(record, transform)
-        if isinstance(item, Dropped):
-            counter.drop(record, item)
+        item = to_eval_item(record, dataset, transform)
+        if isinstance(item, Drop):
+            ledger.add({dataset: 1}, [item])
             continue
-        counter.keep()
+        ledger.add({dataset: 1}, [])
         yield item
     if num_read == 0:
         raise DataError("no records to evaluate on", where=f"urls={urls}", fix="check the shards and the limit")
 
 
-def _read_fields(record: RawRecord) -> dict[str, Any] | Dropped:
+def _drop(record: RawRecord, dataset: str, error: _UnusableError) -> Drop:
+    return Drop(dataset, error.cause, error.detail, str(record["__url__"]), record["__key__"])
+
+
+def _read_fields(record: RawRecord) -> dict[str, Any]:
     """The record's JSON, with a plain txt beside the image taken as its caption."""
+    if "__broken__" in record:
+        raise _UnusableError(*record["__broken__"])
     fields: dict[str, Any] = {}
     if "json" in record:
         try:
             loaded = json.loads(record["json"])
-        except ValueError as error:
-            return Dropped("bad_json", str(error))
+        except UnicodeDecodeError as error:
+            raise _UnusableError("bad_text", f"JSON that is not UTF-8: {error.reason} at {error.start}") from error
+        except (ValueError, RecursionError) as error:
+            raise _UnusableError("bad_json", str(error)) from error
         if not isinstance(loaded, dict):
-            return Dropped("bad_json", f"a JSON {type(loaded).__name__} where an object is expected")
+            raise _UnusableError("bad_json", f"a JSON {type(loaded).__name__} where an object is expected")
         fields = loaded
-    if "txt" in record and not _captions(fields):
-        fields["captions"] = [record["txt"].decode("utf-8", errors="replace")]
+    if "txt" in record and not _given(fields):
+        try:
+            fields["captions"] = [record["txt"].decode("utf-8-sig")]
+        except UnicodeDecodeError as error:
+            raise _UnusableError("bad_text", f"txt that is not UTF-8: {error.reason} at {error.start}") from error
     return fields
 
 
+def _given(fields: Mapping[str, Any]) -> Any:
+    """What stands for captions; None where nothing does, which pandas writes as null or NaN."""
+    found = fields.get("captions", fields.get("caption"))
+    return None if found == [] or (isinstance(found, float) and math.isnan(found)) else found
+
+
 def _captions(fields: Mapping[str, Any]) -> list[str]:
-    found = fields.get("captions", fields.get("caption", []))
-    rows = [found] if isinstance(found, str) else found
-    return [row for row in rows if isinstance(row, str)] if isinstance(rows, list) else []
+    """All captions as written; none where the record has none.
+
+    Raises:
+        _UnusableError: something else than a text, or a list of texts.
+    """
+    found = _given(fields)
+    if found is None:
+        return []
+    rows = found if isinstance(found, list) else [found]
+    for row in rows:
+        if not isinstance(row, str):
+            raise _UnusableError("bad_json", f"captions of type {type(found).__name__} with a {type(row).__name__}")
+    return rows
+
+
+def _usable_captions(fields: Mapping[str, Any]) -> list[str]:
+    """The captions that say something; one bad caption does not cost a record that has good ones.
+
+    Raises:
+        _UnusableError: none is left.
+    """
+    found = _given(fields)
+    rows = found if isinstance(found, list) else [] if found is None else [found]
+    usable, first = [], None
+    for row in rows:
+        try:
+            if not isinstance(row, str):
+                raise _UnusableError("bad_json", f"a caption of type {type(row).__name__}")
+            _check_text(row)
+            text = row[:_MAX_CHARACTERS]
+            if not _says_something(clean_caption(text)):
+                raise _UnusableError("empty_caption", f"nothing left of {text!r} after cleaning")
+            usable.append(text)
+        except _UnusableError as error:
+            first = first or error
+    if not usable:
+        raise first or _UnusableError("no_caption", "neither captions in the JSON nor a txt file")
+    return usable
+
+
+def _check_text(text: str) -> None:
+    """Refuse what no tokenizer takes: half surrogate pairs (JSON can spell them), and NUL, which is binary data."""
+    if "\0" in text:
+        raise _UnusableError("bad_text", f"a NUL character in {text!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _UnusableError("bad_text", f"half a surrogate pair in {text!r}") from error
+
+
+def _says_something(text: str) -> bool:
+    return (text.isascii() and bool(text.strip())) or any(unicodedata.category(c) not in _INVISIBLE for c in text)
 
 
 def _image_id(fields: Mapping[str, Any], key: str) -> int:
@@ -212,19 +221,30 @@ def _image_id(fields: Mapping[str, Any], key: str) -> int:
     return to_image_id(found if fits else str(found))
 
 
-def _read_image(record: RawRecord) -> Tensor | Dropped:
+def _read_image(record: RawRecord) -> Tensor:
     data = next((record[extension] for extension in IMAGE_EXTENSIONS if extension in record), None)
     if data is None:
-        return Dropped(
-            "no_image", f"files of the record: {', '.join(name for name in record if name[0] != '_') or 'none'}"
-        )
+        names = ", ".join(name for name in record if name[0] != "_")
+        raise _UnusableError("no_image", f"files of the record: {names or 'none'}")
     try:
         return decode_image(data)
     except DataError as error:
-        return Dropped("corrupt_image", error.found)
+        raise _UnusableError("corrupt_image", error.found) from error
+
+
+def _questions(fields: Mapping[str, Any], key: str) -> tuple[Question, ...]:
+    try:
+        questions = tuple(_question(row, f"{key}/{index}") for index, row in enumerate(fields.get("questions", ())))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _UnusableError("bad_json", f"a question without {error}") from error
+    for question in questions:
+        _check_text(question.question)
+    return questions
 
 
 def _question(row: Mapping[str, Any], default_id: str) -> Question:
+    if not isinstance(row["question"], str):
+        raise TypeError(f"text, but a {type(row['question']).__name__}")
     return Question(
         question_id=str(row.get("question_id", default_id)),
         question=row["question"],

@@ -1,7 +1,6 @@
 """Records of every kind that occurs in the wild, used or counted with the right cause."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from shard_factory import encode, noise, plain, write_shards, write_tar
 
 from blip2train.batch import Question, Sample, to_image_id
-from blip2train.data.sample import DROP_CAUSES, DropCounter, Dropped, read_eval_items, to_eval_item, to_sample
+from blip2train.data.drop import Drop, DropLedger
+from blip2train.data.sample import read_eval_items, to_eval_item, to_sample
 from blip2train.errors import DataError
 
 IMAGE = encode(noise(0))
@@ -24,7 +24,7 @@ def record(fields: Any = None, **files: bytes) -> dict[str, Any]:
     return made
 
 
-def draw(made: dict[str, Any], seed: int = 0) -> Sample | Dropped:
+def draw(made: dict[str, Any], seed: int = 0) -> Sample | Drop:
     return to_sample(made, "set", lambda image, _: image, torch.Generator().manual_seed(seed))
 
 
@@ -73,16 +73,17 @@ def test_captions_are_drawn_evenly_from_the_non_empty_ones() -> None:
         (record(["a dog"], png=IMAGE), "bad_json"),
         (record({"image_id": 1}, png=IMAGE), "no_caption"),
         (record(None, png=IMAGE), "no_caption"),
-        (record({"captions": 3}, png=IMAGE), "no_caption"),
+        (record({"captions": 3}, png=IMAGE), "bad_json"),
         (record({"captions": ["", " ... "]}, png=IMAGE), "empty_caption"),
         (record(txt=b"\n", png=IMAGE), "empty_caption"),
     ],
 )
 def test_what_cannot_be_used_is_dropped_with_its_cause(made: dict[str, Any], cause: str) -> None:
     dropped = draw(made)
-    assert isinstance(dropped, Dropped)
+    assert isinstance(dropped, Drop)
     assert dropped.cause == cause
     assert dropped.detail
+    assert (dropped.dataset, dropped.url, dropped.key) == ("set", "x.tar", "k1")
 
 
 def test_an_eval_item_keeps_captions_questions_and_the_rest() -> None:
@@ -91,30 +92,17 @@ def test_an_eval_item_keeps_captions_questions_and_the_rest() -> None:
         {"question": "Who?", "answers": []},
     ]
     item = to_eval_item(
-        record({"captions": ["A dog!", ""], "questions": questions, "scene": {"n": 1}}, png=IMAGE), plain
+        record({"captions": ["A dog!", ""], "questions": questions, "scene": {"n": 1}}, png=IMAGE), "set", plain
     )
-    assert not isinstance(item, Dropped)
+    assert not isinstance(item, Drop)
     assert item.captions == ("A dog!",)
     assert item.questions == (Question("7", "What?", ("dog", "2"), "what"), Question("k1/1", "Who?", ()))
     assert item.extra == {"scene": {"n": 1}}
 
 
 def test_a_question_without_answers_is_bad_json() -> None:
-    item = to_eval_item(record({"questions": [{"question": "Who?"}]}, png=IMAGE), plain)
-    assert isinstance(item, Dropped) and item.cause == "bad_json"
-
-
-def test_the_counter_names_shard_and_key_and_stops_above_the_share(caplog: pytest.LogCaptureFixture) -> None:
-    counter = DropCounter("coco", max_dropped_share=0.1, minimum_records=20)
-    for _ in range(18):
-        counter.keep()
-    with caplog.at_level(logging.WARNING):
-        counter.drop(record(), Dropped("corrupt_image", "cut off"))
-        counter.drop(record(), Dropped("empty_caption", "nothing"))
-    assert "x.tar key k1" in caplog.text and "corrupt_image" in caplog.text
-    with pytest.raises(DataError, match=r"3 of 21 records of coco .*2 corrupt_image, 1 empty_caption"):
-        counter.drop(record(), Dropped("corrupt_image", "cut off"))
-    assert counter.as_dict() == dict.fromkeys(DROP_CAUSES, 0) | {"used": 18, "corrupt_image": 2, "empty_caption": 1}
+    item = to_eval_item(record({"questions": [{"question": "Who?"}]}, png=IMAGE), "set", plain)
+    assert isinstance(item, Drop) and item.cause == "bad_json"
 
 
 def test_eval_reads_every_record_once_in_order(tmp_path: Path) -> None:
@@ -143,10 +131,13 @@ def test_eval_refuses_a_corrupt_image_unless_told_otherwise(tmp_path: Path) -> N
     write_shards(tmp_path, [4], broken={2: b"broken"})
     with pytest.raises(DataError, match="r000002"):
         list(read_eval_items(str(tmp_path), plain))
-    counter = DropCounter("check", max_dropped_share=1.0)
-    kept = list(read_eval_items(str(tmp_path), plain, counter=counter))
+    ledger = DropLedger(["check"], max_dropped_share=1.0)
+    kept = list(read_eval_items(str(tmp_path), plain, ledger=ledger, dataset="check"))
     assert [item.image_id for item in kept] == [0, 1, 3]
-    assert {cause: count for cause, count in counter.as_dict().items() if count} == {"used": 3, "corrupt_image": 1}
+    assert {cause: count for cause, count in ledger.counts()["check"].items() if count} == {
+        "used": 3,
+        "corrupt_image": 1,
+    }
 
 
 def test_eval_data_without_records_is_a_data_error(tmp_path: Path) -> None:
