@@ -59,6 +59,15 @@ def test_checkpoint_of_the_cut_tower_itself_loads(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(random_images(1)), encoder.eval()(random_images(1)))
 
 
+def test_an_encoder_with_weights_draws_none_of_the_random_numbers_of_the_parts_behind_it(tmp_path: Path) -> None:
+    save_whole("vit_tiny_patch16_224", VIT_ARGS, tmp_path / "vit.safetensors")
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    TimmVisionEncoder("vit_tiny_patch16_224", IMAGE, weights=str(tmp_path / "vit.safetensors"), model_args=VIT_ARGS)
+    assert torch.equal(torch.rand(4), expected)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pth_file_with_the_state_dict_under_model_loads(tmp_path: Path, zipped: bool) -> None:
     state = whole_model("vit_tiny_patch16_224", VIT_ARGS).state_dict()

@@ -78,7 +78,10 @@ class TimmVisionEncoder(nn.Module):
         spec = BackboneSpec(name, image.size, layer, final_norm, dict(model_args or {}), embed_dim)
         check_backbone(spec, align_corners)
         state = None if weights is None else read_weights(Path(weights))
-        backbone = build_backbone(spec)
+        # the numbers drawn for values that the weights replace must not shift what the other parts draw: a run from
+        # cached features, which builds no encoder, starts from the same Q-Former
+        with torch.random.fork_rng(devices=[], enabled=state is not None or pretrained):
+            backbone = build_backbone(spec)
         if state is not None:
             load_weights(backbone, state, align_corners=align_corners, where=str(weights))
         elif pretrained:
