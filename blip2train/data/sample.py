@@ -15,6 +15,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from blip2train.data.image_transform import Transform, decode_image
 from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, expand_urls, read_shard
 from blip2train.errors import DataError
 
+_KNOWN_FIELDS = ("captions", "caption", "image_id", "questions")
 _MAX_CHARACTERS = 10_000
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
@@ -74,14 +76,52 @@ def to_eval_item(record: RawRecord, dataset: str, transform: Transform) -> EvalI
         questions = _questions(fields, key)
     except _UnusableError as error:
         return _drop(record, dataset, error)
-    known = ("captions", "caption", "image_id", "questions")
     return EvalItem(
         key=key,
         image_id=_image_id(fields, key),
         image=transform(image, None),
         captions=tuple(caption for caption in captions if caption.strip()),
         questions=questions,
-        extra={name: value for name, value in fields.items() if name not in known},
+        extra={name: value for name, value in fields.items() if name not in _KNOWN_FIELDS},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RecordText:
+    """What a record says, its image left encoded.
+
+    Args:
+        captions: those that training draws from.
+        refused: (cause, detail) of those that it does not.
+        questions: as benchmarks see them.
+        image_id: see `batch.to_image_id`.
+        extra: the remaining JSON.
+    """
+
+    captions: tuple[str, ...]
+    refused: tuple[tuple[DropCause, str], ...]
+    questions: tuple[Question, ...]
+    image_id: int
+    extra: Mapping[str, Any]
+
+
+def read_text(record: RawRecord, dataset: str) -> RecordText | Drop:
+    """Read a record without decoding its image; neither captions nor questions are required."""
+    key = record["__key__"]
+    try:
+        fields = _read_fields(record)
+        usable, refused = _judge_captions(fields)
+        if refused and not usable:
+            raise refused[0]
+        questions = _questions(fields, key)
+    except _UnusableError as error:
+        return _drop(record, dataset, error)
+    return RecordText(
+        captions=tuple(usable),
+        refused=tuple((error.cause, shorten(error.detail)) for error in refused),
+        questions=questions,
+        image_id=_image_id(fields, key),
+        extra={name: value for name, value in fields.items() if name not in _KNOWN_FIELDS},
     )
 
 
@@ -182,9 +222,17 @@ def _usable_captions(fields: Mapping[str, Any]) -> list[str]:
     Raises:
         _UnusableError: none is left.
     """
+    usable, refused = _judge_captions(fields)
+    if not usable:
+        raise refused[0] if refused else _UnusableError("no_caption", "neither captions in the JSON nor a txt file")
+    return usable
+
+
+def _judge_captions(fields: Mapping[str, Any]) -> tuple[list[str], list[_UnusableError]]:
+    """The captions that say something, and what is wrong with the others."""
     found = _given(fields)
     rows = found if isinstance(found, list) else [] if found is None else [found]
-    usable, first = [], None
+    usable, refused = [], []
     for row in rows:
         try:
             if not isinstance(row, str):
@@ -195,10 +243,8 @@ def _usable_captions(fields: Mapping[str, Any]) -> list[str]:
                 raise _UnusableError("empty_caption", f"nothing left of {text!r} after cleaning")
             usable.append(text)
         except _UnusableError as error:
-            first = first or error
-    if not usable:
-        raise first or _UnusableError("no_caption", "neither captions in the JSON nor a txt file")
-    return usable
+            refused.append(error)
+    return usable, refused
 
 
 def _check_text(text: str) -> None:
