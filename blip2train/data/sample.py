@@ -26,6 +26,7 @@ from blip2train.data.caption import clean_caption
 from blip2train.data.drop import Drop, DropCause, DropLedger
 from blip2train.data.image_transform import Transform, decode_image
 from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, expand_urls, read_shard
+from blip2train.data.stored_tokens import DROPPED, TOKENS, StoredTokens
 from blip2train.errors import DataError
 
 _KNOWN_FIELDS = ("captions", "caption", "image_id", "questions")
@@ -41,14 +42,18 @@ class _UnusableError(Exception):
 
 
 def to_sample(
-    record: RawRecord, dataset: str, transform: Transform, generator: torch.Generator, epoch: int = 0
+    record: RawRecord,
+    dataset: str,
+    transform: Transform | StoredTokens,
+    generator: torch.Generator,
+    epoch: int = 0,
 ) -> Sample | Drop:
     """Decode one record for training.
 
     Args:
         record: as `shards` reads it; one that could not be read carries its cause under `__broken__`.
         dataset: the source's name.
-        transform: training augmentation.
+        transform: training augmentation; `StoredTokens` where the record comes from a feature cache.
         generator: draws the caption, uniformly over the usable ones, and the augmentation.
         epoch: of the dataset, for `Sample.epoch`.
     """
@@ -57,11 +62,14 @@ def to_sample(
         usable = _usable_captions(fields)
         # always drawn, so that the augmentation does not depend on the number of captions
         choice = int(torch.randint(1 << 31, (), generator=generator)) % len(usable)
-        image = _read_image(record)
+        if isinstance(transform, StoredTokens):
+            image = _read_tokens(record, transform)
+        else:
+            image = transform(_read_image(record), generator)
     except _UnusableError as error:
         return _drop(record, dataset, error)
     key = record["__key__"]
-    return Sample(key, dataset, transform(image, generator), usable[choice], _image_id(fields, key), epoch)
+    return Sample(key, dataset, image, usable[choice], _image_id(fields, key), epoch)
 
 
 def to_eval_item(record: RawRecord, dataset: str, transform: Transform) -> EvalItem | Drop:
@@ -118,7 +126,7 @@ def read_text(record: RawRecord, dataset: str) -> RecordText | Drop:
         return _drop(record, dataset, error)
     return RecordText(
         captions=tuple(usable),
-        refused=tuple((error.cause, shorten(error.detail)) for error in refused),
+        refused=tuple((error.cause, error.detail) for error in refused),
         questions=questions,
         image_id=_image_id(fields, key),
         extra={name: value for name, value in fields.items() if name not in _KNOWN_FIELDS},
@@ -175,6 +183,8 @@ def _read_fields(record: RawRecord) -> dict[str, Any]:
     """The record's JSON, with a plain txt beside the image taken as its caption."""
     if "__broken__" in record:
         raise _UnusableError(*record["__broken__"])
+    if DROPPED in record:
+        raise _UnusableError(*json.loads(record[DROPPED]))
     fields: dict[str, Any] = {}
     if "json" in record:
         try:
@@ -274,6 +284,15 @@ def _read_image(record: RawRecord) -> Tensor:
         raise _UnusableError("no_image", f"files of the record: {names or 'none'}")
     try:
         return decode_image(data)
+    except DataError as error:
+        raise _UnusableError("corrupt_image", error.found) from error
+
+
+def _read_tokens(record: RawRecord, stored: StoredTokens) -> Tensor:
+    if TOKENS not in record:
+        raise _UnusableError("no_image", "a record of a feature cache without its tokens")
+    try:
+        return stored.read(record[TOKENS])
     except DataError as error:
         raise _UnusableError("corrupt_image", error.found) from error
 
