@@ -49,6 +49,7 @@ class ImageSpec:
 class Sample:
     """One decoded training pair: `image` is uint8 (3, h, w), already transformed to the encoder's size.
 
+    From a feature cache it is uint8 (P, C) instead: the image's tokens, C bytes each.
     `epoch` is the dataset's own: how often its records had been gone through before this draw.
     """
 
@@ -82,10 +83,19 @@ class EvalItem:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _Pinnable:
-    """Pinned-memory support for DataLoader; a mixin so that the three batches share one definition."""
+class _ImageBatch:
+    """What the batches share: one kind of image input, and pinned-memory support for DataLoader."""
 
     __slots__ = ()
+    pixel_values: Tensor | None
+    stored_tokens: Tensor | None
+
+    @property
+    def images(self) -> Tensor:
+        """What the vision encoder reads: pixels, or tokens that it has given before."""
+        given = self.stored_tokens if self.pixel_values is None else self.pixel_values
+        assert given is not None, "a batch has pixel_values or stored_tokens"
+        return given
 
     def pin_memory(self) -> Self:
         for item in fields(self):  # type: ignore[arg-type]
@@ -96,25 +106,27 @@ class _Pinnable:
 
 
 @dataclass(slots=True)
-class Stage1Batch(_Pinnable):
+class Stage1Batch(_ImageBatch):
     """Image-text pairs for the Q-Former.
 
     Args:
-        pixel_values: (B, 3, h, w) uint8; the vision encoder normalises on its own device.
+        pixel_values: (B, 3, h, w) uint8; the vision encoder normalises on its own device. None from a feature cache.
         input_ids: (B, T) Q-Former token ids, starting with [CLS]; the objective swaps in [DEC] where it generates.
         attention_mask: (B, T) bool, True on real tokens.
         image_ids: (B,) int64; equal ids are never each other's negatives.
         keys: B record keys.
+        stored_tokens: (B, P, C) uint8, C bytes per image token, in the place of pixels (`CachedVisionEncoder`).
     """
 
-    pixel_values: Tensor
+    pixel_values: Tensor | None
     input_ids: Tensor
     attention_mask: Tensor
     image_ids: Tensor
     keys: list[str]
+    stored_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(self, ("pixel_values", "input_ids", "attention_mask", "image_ids", "keys"))
+        _check_sizes(self, ("images", "input_ids", "attention_mask", "image_ids", "keys"))
         assert self.input_ids.shape == self.attention_mask.shape
 
     def __len__(self) -> int:
@@ -122,27 +134,29 @@ class Stage1Batch(_Pinnable):
 
 
 @dataclass(slots=True)
-class Stage2Batch(_Pinnable):
+class Stage2Batch(_ImageBatch):
     """Image, prompt and target for the language model: one type for both kinds of LLM.
 
     Args:
-        pixel_values: (B, 3, h, w) uint8.
+        pixel_values: (B, 3, h, w) uint8; None from a feature cache.
         prompt_ids: (B, Tp) LLM token ids before the target; Tp may be 0. For prefix language modelling, the prefix.
         prompt_mask: (B, Tp) bool.
         target_ids: (B, Tt) LLM token ids to predict, end token included.
         target_mask: (B, Tt) bool.
         keys: B record keys.
+        stored_tokens: as in `Stage1Batch`.
     """
 
-    pixel_values: Tensor
+    pixel_values: Tensor | None
     prompt_ids: Tensor
     prompt_mask: Tensor
     target_ids: Tensor
     target_mask: Tensor
     keys: list[str]
+    stored_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(self, ("pixel_values", "prompt_ids", "prompt_mask", "target_ids", "target_mask", "keys"))
+        _check_sizes(self, ("images", "prompt_ids", "prompt_mask", "target_ids", "target_mask", "keys"))
         assert self.prompt_ids.shape == self.prompt_mask.shape
         assert self.target_ids.shape == self.target_mask.shape
 

@@ -83,7 +83,7 @@ def stage2_loss(
 ) -> Tensor:
     """The loss of stage 2, as `Stage2Module.training_step` computes it."""
     with memory.labelled("query pass"):
-        prompt_BQL = model.visual_prompt(batch.pixel_values)
+        prompt_BQL = model.visual_prompt(batch.images)
     with memory.labelled("language model"):
         output = model.language_model(prompt_BQL, batch)
     with memory.labelled("lm"):

@@ -91,13 +91,16 @@ def show_batch(config: DictConfig) -> None:
         if isinstance(value, torch.Tensor):
             span = f"{value.min().item():g} .. {value.max().item():g}" if value.numel() else "empty"
             table.add_row(field.name, str(tuple(value.shape)), str(value.dtype).removeprefix("torch."), span)
-        else:
+        elif value is not None:
             table.add_row(field.name, f"({len(value)},)", type(value[0]).__name__, f"{value[0]} .. {value[-1]}")
     console.print(table)
     texts = _texts(batch, build(config.data.collator.tokenizer))
     for key, text in list(zip(batch.keys, texts, strict=True))[:8]:
         console.print(f"  {key}: {text}", markup=False, highlight=False)
-    console.print(f"images: {_draw_batch(batch.pixel_values, texts)}")
+    if batch.pixel_values is None:
+        console.print("images: none, the batch holds image tokens of features=")
+    else:
+        console.print(f"images: {_draw_batch(batch.pixel_values, texts)}")
 
 
 def _texts(batch: Any, tokenizer: Any) -> list[str]:

@@ -34,7 +34,7 @@ class Stage1Collator:
     def __call__(self, samples: list[Sample]) -> Stage1Batch:
         input_ids, attention_mask = self.tokenizer(_captions(samples, self.clean), self.max_tokens)
         return Stage1Batch(
-            pixel_values=_stack(samples),
+            **_images(samples),
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
@@ -95,7 +95,7 @@ class Stage2Collator:
             targets, self.max_tokens, side="right", add_end=True, add_start=self.predict_start
         )
         return Stage2Batch(
-            pixel_values=_stack(samples),
+            **_images(samples),
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             target_ids=target_ids,
@@ -124,5 +124,8 @@ def _captions(samples: list[Sample], clean: bool) -> list[str]:
     return [clean_caption(sample.caption) if clean else sample.caption for sample in samples]
 
 
-def _stack(samples: list[Sample]) -> Tensor:
-    return torch.stack([sample.image for sample in samples])
+def _images(samples: list[Sample]) -> dict[str, Tensor | None]:
+    """Pixels (B, 3, h, w), or the stored tokens (B, P, C) of a feature cache."""
+    stacked = torch.stack([sample.image for sample in samples])
+    is_pixels = stacked.ndim == 4
+    return {"pixel_values": stacked if is_pixels else None, "stored_tokens": None if is_pixels else stacked}

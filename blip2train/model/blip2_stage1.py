@@ -50,9 +50,9 @@ class Blip2Stage1(nn.Module):
         self.itm_head = nn.Linear(qformer.hidden_size, 2)
         self.temperature = nn.Parameter(torch.tensor(temperature))
 
-    def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Encode uint8 images (B, 3, h, w) and normalise the tokens (B, P, I)."""
-        return encode_image_tokens(self.vision_encoder, self.ln_vision, pixel_values)
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """Encode uint8 images (B, 3, h, w), or a batch's stored tokens, and normalise the tokens (B, P, I)."""
+        return encode_image_tokens(self.vision_encoder, self.ln_vision, images)
 
     def encode_image(self, image_tokens: Tensor) -> QueryStates:
         """Let the queries read image tokens (B, P, I)."""

@@ -47,15 +47,15 @@ class Blip2Stage2(nn.Module):
         self.projection = nn.Linear(qformer.hidden_size, language_model.embed_dim)
         self.language_model = language_model
 
-    def visual_prompt(self, pixel_values: Tensor) -> Tensor:
-        """Turn uint8 images (B, 3, h, w) into soft prompts (B, Q, L)."""
-        tokens_BPI = encode_image_tokens(self.vision_encoder, self.ln_vision, pixel_values)
+    def visual_prompt(self, images: Tensor) -> Tensor:
+        """Turn uint8 images (B, 3, h, w), or a batch's stored tokens, into soft prompts (B, Q, L)."""
+        tokens_BPI = encode_image_tokens(self.vision_encoder, self.ln_vision, images)
         prompt_BQL: Tensor = self.projection(self.qformer.encode_image(tokens_BPI).hidden)
         return prompt_BQL
 
     def forward(self, batch: Stage2Batch) -> LanguageModelOutput:
         """Predict the batch's targets from its images and prompts; logits (B, T', V) and targets come aligned."""
-        return self.language_model(self.visual_prompt(batch.pixel_values), batch)
+        return self.language_model(self.visual_prompt(batch.images), batch)
 
     @torch.no_grad()
     def generate(

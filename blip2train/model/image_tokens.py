@@ -29,10 +29,10 @@ def build_ln_vision(vision_encoder: VisionEncoder, wanted: bool, eps: float) -> 
     return nn.LayerNorm(vision_encoder.embed_dim, eps=eps) if wanted else nn.Identity()
 
 
-def encode_image_tokens(vision_encoder: VisionEncoder, ln_vision: nn.Module, pixel_values: Tensor) -> Tensor:
+def encode_image_tokens(vision_encoder: VisionEncoder, ln_vision: nn.Module, images: Tensor) -> Tensor:
     """Encode images, without a graph if the encoder is frozen, and apply `ln_vision`: (B, 3, h, w) -> (B, P, I)."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and vision_encoder.trainable):
-        raw_BPI = vision_encoder(pixel_values)
+        raw_BPI = vision_encoder(images)
     parameter = next(ln_vision.parameters(), None)
     tokens_BPI: Tensor = ln_vision(raw_BPI if parameter is None else raw_BPI.to(parameter.dtype))
     device = tokens_BPI.device.type

@@ -69,7 +69,7 @@ class Stage1Context:
     @cached_property
     def image_tokens(self) -> Tensor:
         """(B, P, I) from the frozen encoder through the trainable layer norm."""
-        return self.model.image_tokens(self.batch.pixel_values)
+        return self.model.image_tokens(self.batch.images)
 
     @cached_property
     def query(self) -> QueryStates:

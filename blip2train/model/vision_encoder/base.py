@@ -39,6 +39,6 @@ class VisionEncoder(Protocol):
         """Whether any of it trains; if not, it runs without a graph."""
         ...
 
-    def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Encode uint8 (B, 3, h, w), normalising inside, to (B, P, I)."""
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Encode uint8 (B, 3, h, w), normalising inside, to (B, P, I); `CachedVisionEncoder` takes stored tokens."""
         ...
