@@ -1,44 +1,119 @@
-"""`blip2train data check`: shards -> what is in them, and what training would drop."""
+"""`blip2train data check`: shards -> a table of findings, a JSON report and an exit code."""
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from blip2train.cli.config import require_filled
 from blip2train.cli.progress import show_progress
-from blip2train.errors import DataError
+from blip2train.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from blip2train.data.inspection import Inspection
+
+log = logging.getLogger(__name__)
+
+_COLORS = {"error": "red", "warning": "yellow", "note": "dim"}
+_EXAMPLES_SHOWN = 3
 
 
 def run(config: DictConfig) -> None:
-    """Read every record of some shards as training would and count what is in them and what would be dropped."""
+    """Look at every record of some shards; leaves with code 1 when errors were found."""
     require_filled(config)
-    from blip2train.data.drop import DropLedger
-    from blip2train.data.sample import read_eval_items
+    inspection = inspect(config)
+    if not inspection.total("records") and not inspection.findings.counts["unreadable_shard"]:
+        raise DataError("no record", where=f"urls={config.urls}", fix="pack the data again")
+    errors = errors_of(inspection, config.strict, config.max_unusable_share)
+    print_findings(inspection)
+    if config.json:
+        from blip2train.run_dir import write_json
+
+        path = Path(config.json)
+        write_json(path, inspection.to_json() | {"errors": errors})
+        log.info("findings: %s", path)
+    if errors:
+        raise SystemExit(1)
+
+
+def inspect(config: DictConfig) -> Inspection:
+    """The inspection that a config of `data check` asks for."""
+    from blip2train.data.inspect_record import CheckSettings
+    from blip2train.data.inspection import inspect_shards
     from blip2train.data.shards import expand_urls
 
+    if config.level not in {"fast", "full"}:
+        raise ConfigError(f"level {config.level!r}", where="level", fix="full (decode every image) or fast")
+    if config.workers is not None and config.workers < 1:
+        raise ConfigError(f"workers={config.workers}", where="workers", fix="give 1 or more, or null for every core")
+    settings = CheckSettings(
+        config.level, config.max_words, config.max_tokens, config.min_side, config.max_aspect, config.level == "full"
+    )
     urls = expand_urls(config.urls if isinstance(config.urls, str) else list(config.urls))
-    dropped = DropLedger(["check"], max_dropped_share=1.0)
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    count_tokens = None
+    if config.tokenizer:
+        from blip2train.data.tokenizer import QFormerTokenizer
+
+        count_tokens = QFormerTokenizer.load(config.tokenizer).lengths
     with show_progress("checking") as progress:
-        for item in read_eval_items(
-            urls, lambda image, generator: image, config.limit, ledger=dropped, dataset="check"
-        ):
-            counts["images"] += 1
-            counts["captions"] += len(item.captions)
-            counts["questions"] += len(item.questions)
-            counts["images without caption"] += not item.captions
-            sizes[f"{item.image.shape[2]}x{item.image.shape[1]}"] += 1
-            progress(counts["images"], None)
-    counts.update({f"dropped: {cause}": n for cause, n in dropped.counts()["check"].items() if n and cause != "used"})
-    if not counts["images"]:
-        raise DataError("no usable record", where=", ".join(urls[:3]), fix="pack the data again")
-    table = Table(title=f"{len(urls)} shards", show_header=False)
-    for name, count in counts.items():
-        table.add_row(name, f"{count:,}")
-    table.add_row("commonest sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(4)))
-    Console().print(table)
+        return inspect_shards(
+            urls,
+            settings,
+            limit=config.limit,
+            workers=config.workers or os.cpu_count() or 1,
+            count_tokens=count_tokens,
+            progress=progress,
+        )
+
+
+def errors_of(inspection: Inspection, strict: bool, max_unusable_share: float) -> list[str]:
+    """The findings that make a check fail.
+
+    Args:
+        inspection: of the shards.
+        strict: warnings fail it, too.
+        max_unusable_share: records that training leaves out fail it only above this share.
+    """
+    from blip2train.data.drop import DROP_CAUSES
+
+    tolerated = inspection.num_unusable() <= max_unusable_share * inspection.total("records")
+    return [
+        row["finding"]
+        for row in inspection.rows()
+        if (row["severity"] == "error" and not (tolerated and row["finding"] in DROP_CAUSES))
+        or (strict and row["severity"] == "warning")
+    ]
+
+
+def print_findings(inspection: Inspection) -> None:
+    """What was read, and a table of findings with the first places of each."""
+    console = Console()
+    content = inspection.to_json()
+    console.print(
+        f"{content['num_shards']:,} shards, {content['num_records']:,} records "
+        f"({content['num_unusable']:,} unusable), {content['num_captions']:,} captions, "
+        f"{content['num_questions']:,} questions, {content['num_image_bytes'] / 1e6:,.1f} MB of images",
+        highlight=False,
+    )
+    rows = inspection.rows()
+    if not rows:
+        console.print("nothing found")
+        return
+    table = Table("severity", "finding", "count", "of")
+    for row in rows:
+        share = f"{row['of']:,} {row['unit']}" + (f" ({100 * row['count'] / row['of']:.2g} %)" if row["of"] else "")
+        severity = f"[{_COLORS[row['severity']]}]{row['severity']}[/]"
+        table.add_row(severity, row["finding"], f"{row['count']:,}", share)
+    console.print(table)
+    for row in rows:
+        console.print(f"[bold]{row['finding']}[/]: {row['meaning']}", highlight=False)
+        console.print(f"  fix: {row['fix']}", highlight=False)
+        for example in row["examples"][:_EXAMPLES_SHOWN]:
+            console.print(escape(f"  {example}"), highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ padding side is an argument, where LAVIS flips it on the shared tokenizer and ca
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -82,6 +83,10 @@ class QFormerTokenizer:
         """
         bodies = _bodies(self._tokenizer, texts, max_length - 2)
         return _pad([[self.cls_id, *body, self.sep_id] for body in bodies], self.pad_id, "right")
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has with nothing cut off, [CLS] and [SEP] included."""
+        return [2 + len(body) for body in _bodies(self._tokenizer, texts, sys.maxsize)]
 
     def decode(self, ids: Tensor) -> list[str]:
         """Turn (B, T) ids into B stripped texts: special tokens skipped, nothing after the first [SEP]."""

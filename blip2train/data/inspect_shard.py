@@ -1,0 +1,196 @@
+"""One shard -> its findings, histograms and hashes: what a worker process of a check sends back.
+
+Implements the shard part of `blip2train data check` and `data view`. Kept of a record are 24 bytes and 8 for each
+caption, whatever its size, so that a hundred million records can be compared with each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2train.data.caption import clean_caption
+from blip2train.data.finding import KINDS, Findings
+from blip2train.data.inspect_record import CheckSettings, RecordFacts, caption_hash, hash8, inspect_record
+from blip2train.data.shards import RawRecord, read_shard
+from blip2train.errors import DataError
+
+CountTokens = Callable[[Sequence[str]], Sequence[int]]
+"""Texts -> the number of tokens of each, special ones included."""
+
+HISTOGRAMS = ("caption_words", "captions_per_image", "questions_per_image", "width", "height", "aspect", "kilobytes")
+"""Whole numbers, except `aspect`: width / height in hundredths. `kilobytes` is rounded up."""
+
+_LOST = ("truncated_shard", "unreadable_shard")
+
+
+@dataclass
+class ShardSummary:
+    """What one shard holds.
+
+    Args:
+        url: as given.
+        source: folder and prefix, the name of the group it is counted in.
+        findings: of this shard on its own.
+        num_records: read, broken ones included.
+        num_usable: of them without a finding of severity "error".
+        num_captions, num_questions, num_bytes: in all; bytes are of the encoded images.
+        size: of the tar in bytes; None where it is remote.
+        sha256: of the tar, where it was asked for.
+        complete: read to its end, with nothing cut off.
+        keys, images: uint64 (records,), hashes; 0 where there is none.
+        image_ids: int64 (records,).
+        captions: uint64 (captions,), hashes after cleaning, in the order of the records.
+        captions_of: uint16 (records,), how many of `captions` belong to each.
+        histograms: by name, value -> how often.
+    """
+
+    url: str
+    source: str
+    findings: Findings = field(default_factory=Findings)
+    num_records: int = 0
+    num_usable: int = 0
+    num_captions: int = 0
+    num_questions: int = 0
+    num_bytes: int = 0
+    size: int | None = None
+    sha256: str | None = None
+    complete: bool = True
+    keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    images: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    image_ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    captions: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    captions_of: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+    histograms: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in HISTOGRAMS})
+
+
+def inspect_shard(
+    url: str,
+    settings: CheckSettings,
+    limit: int | None = None,
+    count_tokens: CountTokens | None = None,
+    read: Callable[[str], Any] = read_shard,
+) -> ShardSummary:
+    """Read one shard and look at every record.
+
+    Args:
+        url: the shard.
+        settings: what to look at.
+        limit: stop after this many records.
+        count_tokens: judges captions by tokens too.
+        read: yields the records of a url.
+    """
+    summary = ShardSummary(url, source_of(url))
+    hashes = _Hashes()
+    path = Path(url)
+    try:
+        for record in islice(read(url), limit):
+            facts = inspect_record(record, settings)
+            hashes.add(record, facts)
+            _count(record, facts, summary)
+            if count_tokens is not None:
+                _count_tokens(record, facts, summary, settings, count_tokens)
+    except DataError as error:
+        summary.findings.add("unreadable_shard", f"{url}: {error.found}")
+    hashes.store(summary)
+    if not summary.num_records and not summary.findings.counts:
+        summary.findings.add("empty_shard", url)
+    summary.complete = summary.num_records != limit and not any(summary.findings.counts[kind] for kind in _LOST)
+    if path.is_file():
+        summary.size = path.stat().st_size
+        if settings.checksums and summary.complete:
+            with path.open("rb") as file:
+                summary.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return summary
+
+
+def source_of(url: str) -> str:
+    """The group of a shard: its folder's name and its own without the number ("coco/train"; "cc3m" of cc3m/00012)."""
+    parts = url.split("?")[0].rstrip("/").split("/")
+    folder = parts[-2] if len(parts) > 1 else ""
+    prefix = re.sub(r"[-_.]?\d*$", "", parts[-1].split(".")[0])
+    return "/".join(part for part in (folder, prefix) if part) or url
+
+
+class _Hashes:
+    """Grows while a shard is read; arrays at its end."""
+
+    def __init__(self) -> None:
+        self._keys: list[int] = []
+        self._images: list[int] = []
+        self._image_ids: list[int] = []
+        self._captions: list[int] = []
+        self._captions_of: list[int] = []
+
+    def add(self, record: RawRecord, facts: RecordFacts) -> None:
+        # a record that could not be read has no key of its own
+        broken = "__broken__" in record
+        self._keys.append(0 if broken else hash8(record["__key__"].encode("utf-8", "surrogatepass")))
+        identified = facts.image_hash is not None and facts.image_id is not None
+        self._images.append(facts.image_hash or 0 if identified else 0)
+        self._image_ids.append(facts.image_id or 0)
+        captions = [caption_hash(caption) for caption in facts.captions][: np.iinfo(np.uint16).max]
+        self._captions += captions
+        self._captions_of.append(len(captions))
+
+    def store(self, summary: ShardSummary) -> None:
+        summary.keys = np.array(self._keys, np.uint64)
+        summary.images = np.array(self._images, np.uint64)
+        summary.image_ids = np.array(self._image_ids, np.int64)
+        summary.captions = np.array(self._captions, np.uint64)
+        summary.captions_of = np.array(self._captions_of, np.uint16)
+
+
+def _count(record: RawRecord, facts: RecordFacts, summary: ShardSummary) -> None:
+    summary.num_records += 1
+    summary.num_captions += len(facts.captions)
+    summary.num_questions += facts.num_questions
+    summary.num_bytes += facts.num_bytes
+    place = f"{summary.url} {record['__key__']}"
+    for kind, detail in facts.defects:
+        summary.findings.add(kind, f"{place}: {detail}")
+    for kind, detail in facts.text_defects:
+        summary.findings.add(kind, f"{place}: {detail}")
+    if any(KINDS[kind].severity == "error" for kind, _ in facts.defects):
+        return
+    summary.num_usable += 1
+    histograms = summary.histograms
+    histograms["caption_words"].update(len(caption.split()) for caption in facts.captions)
+    histograms["captions_per_image"][len(facts.captions)] += 1
+    histograms["questions_per_image"][facts.num_questions] += 1
+    histograms["kilobytes"][-(-facts.num_bytes // 1000)] += 1
+    if facts.size is not None and min(facts.size) > 0:
+        width, height = facts.size
+        histograms["width"][width] += 1
+        histograms["height"][height] += 1
+        histograms["aspect"][round(100 * width / height)] += 1
+
+
+def _count_tokens(
+    record: RawRecord, facts: RecordFacts, summary: ShardSummary, settings: CheckSettings, count_tokens: CountTokens
+) -> None:
+    if not facts.captions:
+        return
+    cleaned = [clean_caption(caption, settings.max_words) for caption in facts.captions]
+    for caption, number in zip(cleaned, count_tokens(cleaned), strict=True):
+        if number > settings.max_tokens:
+            place = f"{summary.url} {record['__key__']}"
+            summary.findings.add("long_caption_tokens", f"{place}: {number} tokens: {caption!r}")
+
+
+def merged_histograms(summaries: Sequence[ShardSummary]) -> Mapping[str, Mapping[str, Counter[int]]]:
+    """Histograms by name and source, sources in the order of their first shard."""
+    merged: dict[str, dict[str, Counter[int]]] = {name: {} for name in HISTOGRAMS}
+    for summary in summaries:
+        for name, histogram in summary.histograms.items():
+            merged[name].setdefault(summary.source, Counter()).update(histogram)
+    return merged

@@ -1,0 +1,203 @@
+"""Shards -> an inspection: everything that a check can find, within one shard and between all of them.
+
+Implements `blip2train data check` and the numbers of `data view`, in as many processes as there are cores. A data set
+is a folder: keys and image ids are judged within one, images and captions across all. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2train.data.finding import KINDS, SEVERITIES, Findings, Unit
+from blip2train.data.inspect_duplicate import find_duplicates
+from blip2train.data.inspect_index import FolderIndex, compare, read_folder
+from blip2train.data.inspect_record import CheckSettings
+from blip2train.data.inspect_shard import CountTokens, ShardSummary, inspect_shard, merged_histograms
+from blip2train.errors import DataError
+
+Progress = Callable[[int, int | None, int | None], None]
+"""Called with (records done, records in all if known, bytes of images done)."""
+
+_QUEUED_SHARDS = 2
+_RECORDS_PER_WORKER = 5000
+"""A process takes seconds to start; this many records pay for it."""
+
+
+@dataclass
+class Inspection:
+    """What was found in some shards.
+
+    Args:
+        summaries: of the shards, in the order they were asked for.
+        findings: of all of them together.
+        folders: what lay beside the local ones.
+    """
+
+    summaries: Sequence[ShardSummary]
+    findings: Findings
+    folders: Sequence[FolderIndex]
+
+    def total(self, unit: Unit) -> int:
+        """What the shares of findings are shares of."""
+        if unit == "shards":
+            return len(self.summaries)
+        return len(self.folders) if unit == "folders" else sum(getattr(each, f"num_{unit}") for each in self.summaries)
+
+    def num_unusable(self) -> int:
+        """Records that training would leave out."""
+        return self.total("records") - sum(summary.num_usable for summary in self.summaries)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Findings ready for a table or JSON, the worst first."""
+        found = [(name, kind) for name, kind in KINDS.items() if self.findings.counts[name]]
+        return [
+            {
+                "finding": name,
+                "severity": kind.severity,
+                "count": self.findings.counts[name],
+                "of": self.total(kind.unit),
+                "unit": kind.unit,
+                "meaning": kind.meaning,
+                "fix": kind.fix,
+                "examples": self.findings.examples[name],
+            }
+            for name, kind in sorted(found, key=lambda item: SEVERITIES.index(item[1].severity))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole inspection for other programs."""
+        return {
+            "format": 1,
+            "num_shards": self.total("shards"),
+            "num_records": self.total("records"),
+            "num_unusable": self.num_unusable(),
+            "num_captions": self.total("captions"),
+            "num_questions": self.total("questions"),
+            "num_image_bytes": sum(summary.num_bytes for summary in self.summaries),
+            "findings": self.rows(),
+            "histograms": {
+                name: {source: dict(sorted(counts.items())) for source, counts in by_source.items()}
+                for name, by_source in merged_histograms(self.summaries).items()
+            },
+        }
+
+
+def inspect_shards(
+    urls: Sequence[str],
+    settings: CheckSettings,
+    *,
+    limit: int | None = None,
+    workers: int = 1,
+    count_tokens: CountTokens | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Look at every record of some shards.
+
+    Args:
+        urls: the shards.
+        settings: what to look at.
+        limit: stop after this many records, counted in the order of the shards; such a check runs in one process.
+        workers: processes at most; little data is looked at in this one.
+        count_tokens: judges captions by tokens too; picklable where there are several processes.
+        progress: called after every shard.
+
+    Raises:
+        DataError: an index that is not ours, or a process was killed.
+    """
+    folder_of = {url: _folder(url) for url in urls}
+    folders = {folder: read_folder(folder) for folder in dict.fromkeys(folder_of.values()) if ":" not in folder}
+    expected = _expected(urls, folder_of, folders, limit)
+    inspect = partial(inspect_shard, settings=settings, count_tokens=count_tokens)
+    found: dict[int, ShardSummary] = {}
+    done = num_bytes = 0
+    useful = -(-(expected or _RECORDS_PER_WORKER * len(urls)) // _RECORDS_PER_WORKER)
+    for place, summary in _summaries(urls, inspect, limit, min(workers, len(urls), useful)):
+        found[place] = summary
+        done, num_bytes = done + summary.num_records, num_bytes + summary.num_bytes
+        if progress is not None:
+            progress(done, expected, num_bytes)
+    summaries = [found[place] for place in sorted(found)]
+    findings = Findings()
+    for summary in summaries:
+        findings.merge(summary.findings)
+    for folder, index in folders.items():
+        compare(index, [summary for summary in summaries if folder_of[summary.url] == folder], findings)
+    find_duplicates(summaries, [folder_of[summary.url] for summary in summaries], findings)
+    return Inspection(summaries, findings, list(folders.values()))
+
+
+def _summaries(
+    urls: Sequence[str], inspect: Callable[..., ShardSummary], limit: int | None, workers: int
+) -> Iterator[tuple[int, ShardSummary]]:
+    """(place in `urls`, summary) of each shard, in any order."""
+    if workers > 1 and limit is None:
+        yield from _in_pool(urls, inspect, workers)
+        return
+    for place, url in enumerate(urls):
+        if limit is not None and limit <= 0:
+            return
+        summary = inspect(url, limit=limit)
+        if limit is not None:
+            limit -= summary.num_records
+        yield place, summary
+
+
+def _in_pool(
+    urls: Sequence[str], inspect: Callable[..., ShardSummary], workers: int
+) -> Iterator[tuple[int, ShardSummary]]:
+    # not fork: this process has threads (torch, the progress bar), whose locks a forked child would inherit
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, _start_worker)
+    waiting = iter(enumerate(urls))
+    running: dict[Future[ShardSummary], int] = {}
+    try:
+        is_open = True
+        while is_open or running:
+            while is_open and len(running) < workers + _QUEUED_SHARDS:
+                place, url = next(waiting, (-1, ""))
+                if place < 0:
+                    is_open = False
+                else:
+                    running[pool.submit(inspect, url)] = place
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process of the check was killed, perhaps for want of memory",
+            where="workers",
+            fix="repeat the command with fewer workers=",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    torch.set_num_threads(1)
+
+
+def _expected(
+    urls: Sequence[str], folder_of: Mapping[str, str], folders: Mapping[str, FolderIndex], limit: int | None
+) -> int | None:
+    """Records to look at, where every shard is in an index."""
+    rows = [folders[folder_of[url]].index.get(Path(url).name) if folder_of[url] in folders else None for url in urls]
+    counts = [row.get("num_records") if row else None for row in rows]
+    known = [count for count in counts if isinstance(count, int)]
+    if len(known) < len(counts):
+        return limit
+    return sum(known) if limit is None else min(limit, sum(known))
+
+
+def _folder(url: str) -> str:
+    return "pipe:" if url.startswith("pipe:") else url.rpartition("/")[0]
