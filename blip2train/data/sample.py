@@ -24,6 +24,7 @@ from torch import Tensor
 from blip2train.batch import EvalItem, Question, Sample, to_image_id
 from blip2train.data.caption import clean_caption
 from blip2train.data.drop import Drop, DropCause, DropLedger
+from blip2train.data.image_file import MAX_PIXELS, ImageTooLargeError
 from blip2train.data.image_transform import Transform, decode_image
 from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, expand_urls, read_shard
 from blip2train.data.stored_tokens import DROPPED, TOKENS, StoredTokens
@@ -47,6 +48,7 @@ def to_sample(
     transform: Transform | StoredTokens,
     generator: torch.Generator,
     epoch: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> Sample | Drop:
     """Decode one record for training.
 
@@ -56,6 +58,7 @@ def to_sample(
         transform: training augmentation; `StoredTokens` where the record comes from a feature cache.
         generator: draws the caption, uniformly over the usable ones, and the augmentation.
         epoch: of the dataset, for `Sample.epoch`.
+        max_pixels: larger images are dropped undecoded.
     """
     try:
         fields = _read_fields(record)
@@ -65,7 +68,7 @@ def to_sample(
         if isinstance(transform, StoredTokens):
             image = _read_tokens(record, transform)
         else:
-            image = transform(_read_image(record), generator)
+            image = transform(_read_image(record, max_pixels), generator)
     except _UnusableError as error:
         return _drop(record, dataset, error)
     key = record["__key__"]
@@ -277,13 +280,15 @@ def _image_id(fields: Mapping[str, Any], key: str) -> int:
     return to_image_id(found if fits else str(found))
 
 
-def _read_image(record: RawRecord) -> Tensor:
+def _read_image(record: RawRecord, max_pixels: int = MAX_PIXELS) -> Tensor:
     data = next((record[extension] for extension in IMAGE_EXTENSIONS if extension in record), None)
     if data is None:
         names = ", ".join(name for name in record if name[0] != "_")
         raise _UnusableError("no_image", f"files of the record: {names or 'none'}")
     try:
-        return decode_image(data)
+        return decode_image(data, max_pixels)
+    except ImageTooLargeError as error:
+        raise _UnusableError("image_too_large", error.found) from error
     except DataError as error:
         raise _UnusableError("corrupt_image", error.found) from error
 
