@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from blip2train.report.collect import Evaluation, Run, collect_runs
 from blip2train.report.curve import NUM_COLORS, draw_curves
 from blip2train.report.example import caption_examples, image_to_text, question_examples, text_to_image
+from blip2train.report.page import render_template
 from blip2train.report.score import (
     MEANING,
     Score,
@@ -72,16 +71,9 @@ def render(runs: Sequence[Run], title: str, phases: Mapping[str, float]) -> str:
     first = {name: run.name for run in reversed(runs) for name in (found.benchmark for found in run.evaluations)}
     main = [score for score in scores if first[score.benchmark] == score.run]
     galleries = [_gallery(run, found, first) for run in runs for found in run.evaluations]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["number"] = format_number
-    environment.filters["seconds"] = format_seconds
-    return environment.get_template("template.html.j2").render(
+    return render_template(
+        "template.html.j2",
+        filters={"number": format_number, "seconds": format_seconds},
         title=title,
         made=time.strftime("%d %B %Y, %H:%M"),
         runs=runs,

@@ -11,7 +11,7 @@ DOORS = {
     "hydra": ("cli/",),
     "omegaconf": ("cli/",),
     "torch.distributed": ("distributed.py",),
-    "webdataset": ("data/shards.py",),
+    "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
     "timm": ("model/vision_encoder/", "microworld/"),
     "transformers": (
         *("model/language_model/", "model/qformer/bert_checkpoint.py", "data/tokenizer.py"),
@@ -20,7 +20,7 @@ DOORS = {
     "pytorch_lightning": ("stage/", "data/datamodule.py", "callback/", "cli/train.py", "cli/quickstart.py"),
     "pycocoevalcap": ("metric/caption.py",),
     "matplotlib": ("report/curve.py", "cli/show.py"),
-    "jinja2": ("report/html.py",),
+    "jinja2": ("report/page.py",),
     "peft": ("model/language_model/",),
     "wandb": (),
     "deepspeed": (),
