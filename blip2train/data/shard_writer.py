@@ -1,0 +1,96 @@
+"""Records -> shards that appear under their names only when they are whole.
+
+Implements the writing side of the storage: plain WebDataset tars with `index.json` beside them. LAVIS writes no shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import webdataset as wds
+
+from blip2train.data.shard_index import ShardEntry, write_index
+from blip2train.errors import ConfigError, DataError
+
+
+class ShardWriter:
+    """Writes `<prefix>-000000.tar`, ... and, on leaving the `with` block without an error, `index.json`.
+
+    A shard appears under its name only when it is complete. Times and owners are fixed: equal records give equal bytes.
+
+    Args:
+        folder: created if missing.
+        prefix: start of every shard's name.
+        samples_per_shard: records per tar; the last one may hold fewer.
+        finished: entries of shards that an interrupted run left behind; writing goes on after them.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        prefix: str = "shard",
+        samples_per_shard: int = 1000,
+        finished: Sequence[ShardEntry] = (),
+    ) -> None:
+        if samples_per_shard < 1:
+            raise ConfigError(f"samples_per_shard={samples_per_shard}", where="ShardWriter", fix="give 1 or more")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.entries = list(finished)
+        self._prefix = prefix
+        self._samples_per_shard = samples_per_shard
+        self._tar: wds.TarWriter | None = None
+        self._partial = self.folder / f".{prefix}.partial"
+        self._in_shard = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finish_shard()
+            write_index(self.folder, self.entries)
+        elif self._tar is not None:
+            self._tar.close()
+            self._partial.unlink(missing_ok=True)
+
+    def write(self, key: str, image: bytes, extension: str, json: bytes) -> bool:
+        """Append one record; returns True when this completed a shard.
+
+        Args:
+            key: unique in the data set; no dot, which ends a key in a tar, and no leading "__".
+            image: encoded image.
+            extension: of `image`, without a dot.
+            json: the encoded record (see `data/sample.py` for its fields).
+        """
+        if not key or "." in key or key.startswith("__"):
+            raise DataError(
+                f"record key {key!r}", where="ShardWriter", fix="use a non-empty key without dots or leading __"
+            )
+        if self._tar is None:
+            # an integer: a float would add an extended header to every file
+            self._tar = wds.TarWriter(str(self._partial), encoder=False, mtime=0)
+        self._tar.write({"__key__": key, extension: image, "json": json})
+        self._in_shard += 1
+        if self._in_shard == self._samples_per_shard:
+            self.finish_shard()
+            return True
+        return False
+
+    def finish_shard(self) -> None:
+        """Complete the shard being written, if it holds a record."""
+        if self._tar is None:
+            return
+        self._tar.close()
+        path = self.folder / f"{self._prefix}-{len(self.entries):06d}.tar"
+        with self._partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.entries.append(ShardEntry(path.name, self._in_shard, self._partial.stat().st_size, digest))
+        self._partial.replace(path)
+        self._tar, self._in_shard = None, 0
