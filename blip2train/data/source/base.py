@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +52,8 @@ class Row:
         image: encoded bytes, a place in a tar, or paths of which the first that exists is the image.
         texts: files beside the image that `load` adds to `fields`: "json" (an object) and "txt" (one caption).
         needs_text: leave the row out when it has neither captions nor questions.
+        tidy: last change to the fields once the texts are in; a function of a module, so that it can be sent to
+            another process.
     """
 
     key: str
@@ -59,6 +62,7 @@ class Row:
     image: bytes | FileSlice | tuple[Path, ...]
     texts: Mapping[str, Path | FileSlice] = field(default_factory=dict)
     needs_text: bool = True
+    tidy: Callable[[Fields], Fields] | None = None
 
 
 @dataclass
@@ -115,6 +119,8 @@ def load(row: Row) -> tuple[Fields, bytes] | str:
             cause = _add_text(fields, kind, row.texts[kind]) if kind in row.texts else None
             if cause is not None:
                 return cause
+        if row.tidy is not None:
+            fields = row.tidy(fields)
         if row.needs_text and not fields.get("captions") and not fields.get("questions"):
             return "no_caption"
         image = _read_image(row)
@@ -151,6 +157,29 @@ def sha256(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Folders:
+    """Where the images of a source may lie: a folder and those of its usual subfolders that exist.
+
+    Args:
+        root: what the user gave.
+        subfolders: names below it that the official archives unpack to.
+    """
+
+    def __init__(self, root: Path, subfolders: Iterable[str] = ()) -> None:
+        self.root = root
+        self._folders = [root, *(root / name for name in subfolders if (root / name).is_dir())]
+
+    def candidates(self, *names: str) -> tuple[Path, ...]:
+        """Paths at which an image of one of these names may lie, in order; "./a.jpg" and "a.jpg" are one path."""
+        return tuple(Path(os.path.normpath(folder / name)) for name in names for folder in self._folders)
+
+
+def first_image_id(stem: str) -> int | str:
+    """An image id from a file name without its ending: the number it is or ends with after "_", else the name."""
+    last = stem.rsplit("_", 1)[-1]
+    return int(last) if last.isdecimal() and len(last) <= 18 else stem
 
 
 def captions_of(found: Any) -> list[str]:
