@@ -7,6 +7,7 @@ cannot run, or be tested, without a process group.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_grad
 
 _pretended_ranks = 1
+_LAUNCHED = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 
 @contextlib.contextmanager
@@ -42,6 +44,14 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else _pretended_ranks
+
+
+def launched_as() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine) as torchrun states them in the environment; (0, 1, 0) without it.
+
+    For tools whose processes share files and nothing else: they need no process group.
+    """
+    return tuple(int(os.environ.get(name, default)) for name, default in _LAUNCHED)  # type: ignore[return-value]
 
 
 def is_main() -> bool:

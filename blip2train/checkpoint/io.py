@@ -198,6 +198,17 @@ def read_weights(weights: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def read_names(weights: Path) -> list[str]:
+    """Names of the tensors in a weights file; CheckpointError if it cannot be read."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"not a readable safetensors file ({error})", where=str(weights), fix="use an older checkpoint of the run"
+        ) from error
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a parameter name fits one of the shell-style patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

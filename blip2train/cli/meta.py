@@ -18,6 +18,7 @@ from torch import nn
 
 from blip2train.cli.config import build
 from blip2train.errors import ConfigError
+from blip2train.model.vision_encoder.base import VisionEncoder
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,30 @@ def build_meta(config: DictConfig) -> nn.Module:
     return built
 
 
+def build_meta_encoder(config: DictConfig) -> VisionEncoder:
+    """The vision encoder alone, as `build_meta` builds it: its sizes, before its weights are read.
+
+    Raises:
+        ConfigError: it refuses its settings.
+    """
+    settings: Any = OmegaConf.to_container(config.model.vision_encoder, resolve=True)
+    with torch.device("meta"), _no_word_on_random_weights():
+        encoder: VisionEncoder = build(_unweighted(settings))
+    return encoder
+
+
 def without_weights(config: DictConfig) -> dict[str, Any]:
     """The `model` node of a config, resolved, with every source of weights taken out."""
     model: Any = OmegaConf.to_container(config.model, resolve=True)
-    model["vision_encoder"] |= {"pretrained": False, "weights": None}
+    model["vision_encoder"] = _unweighted(model["vision_encoder"])
     if "language_model" in model:
         model["language_model"] |= {"path_or_config": _architecture(config), "weights": False}
     return dict(model)
+
+
+def _unweighted(encoder: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an encoder without the sources of weights that it has; one that reads cached features has none."""
+    return encoder | {name: value for name, value in (("pretrained", False), ("weights", None)) if name in encoder}
 
 
 def _architecture(config: DictConfig) -> Any:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, register_resolvers, require_filled, run_subverb
+from blip2train.cli.features import with_features
 from blip2train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,25 +46,30 @@ def show_config(config: DictConfig) -> None:
     sys.stdout.write(OmegaConf.to_yaml(config, resolve=True))
 
 
-def _check(config: DictConfig) -> None:
-    """As before a training, but no stage-1 weights are asked for: nothing here would read them."""
+def _check(config: DictConfig) -> DictConfig:
+    """As before a training, but no stage-1 weights are asked for: nothing here would read them.
+
+    Returns:
+        The config to build: of cached features, where it names some.
+    """
     if config.get("out", None) and Path(config.out).is_dir():
         raise ConfigError(f"{config.out} is a folder", where="out", fix="name a file, out=FILE.json")
     config.init_from = "scratch"
     require_filled(config)
     check.check_train(config)
     quiet_libraries()
+    return with_features(config)
 
 
 def _show_params(config: DictConfig) -> None:
-    _check(config)
+    config = _check(config)
     from blip2train.cli.show_params import show_params
 
     show_params(config)
 
 
 def _show_estimate(config: DictConfig) -> None:
-    _check(config)
+    config = _check(config)
     from blip2train.cli.show_estimate import show_estimate
 
     show_estimate(config)
@@ -77,7 +83,7 @@ def _show_paper_diff(config: DictConfig) -> None:
 
 def show_batch(config: DictConfig) -> None:
     """One batch as training would see it first."""
-    _check(config)
+    config = _check(config)
     import torch
 
     torch.manual_seed(config.seed)

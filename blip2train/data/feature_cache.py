@@ -1,0 +1,198 @@
+"""A folder of stored image tokens: what it says of itself, and which of its shards are whole.
+
+Implements the frozen encoder's output as data: a frozen tower gives the same tokens for the same picture in every
+epoch (paper, section 3.1). LAVIS computes them anew each time.
+
+    folder/features.json             encoder, weights, image, layer and codec; written first
+    folder/<dataset>/shard-*.tar     one per source shard, with its records in its order (see `data/stored_tokens.py`)
+    folder/<dataset>/shard-*.json    source, size, checksum and drops of one finished shard
+    folder/<dataset>/index.json      written last: the dataset is whole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from blip2train.data.shards import INDEX_NAME, Shard, ShardEntry, write_index
+from blip2train.errors import ConfigError, DataError
+from blip2train.run_dir import read_json, write_json
+
+FEATURES_NAME = "features.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureFacts:
+    """What `features.json` says.
+
+    Args:
+        encoder: everything that decides the tokens, by name; equal facts, equal tokens.
+        codec: how values are stored.
+        num_tokens: P per image.
+        embed_dim: width I.
+        token_bytes: C per token.
+        computed_in: weights and autocast of the run that made the cache, and the checksum of its encoder.
+    """
+
+    encoder: Mapping[str, Any]
+    codec: str
+    num_tokens: int
+    embed_dim: int
+    token_bytes: int
+    computed_in: Mapping[str, Any]
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Of the tokens alone."""
+        return self.num_tokens * self.token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """What the file beside a finished shard says: the shard, the name and records of its source, and drops by cause."""
+
+    entry: ShardEntry
+    source: str
+    source_records: int
+    dropped: Mapping[str, int]
+
+
+def read_facts(folder: Path) -> FeatureFacts:
+    """The facts of a cache.
+
+    Raises:
+        ConfigError: there is none, or it is of a newer format.
+    """
+    path = folder / FEATURES_NAME
+    if not path.is_file():
+        raise ConfigError(
+            f"no feature cache in {folder} (no {FEATURES_NAME} there)",
+            where="features",
+            fix="make one: blip2train data cache-features experiment=... out=FOLDER",
+        )
+    stored = read_json(path)
+    if stored.pop("format", None) != FORMAT:
+        raise ConfigError(
+            f"a feature cache of another format than {FORMAT}",
+            where=str(path),
+            fix="make it anew, or upgrade blip2train",
+        )
+    try:
+        return FeatureFacts(**stored)
+    except TypeError as error:
+        raise ConfigError(
+            f"not a feature cache's facts ({error})", where=str(path), fix="make the cache anew"
+        ) from error
+
+
+def claim_folder(folder: Path, facts: FeatureFacts) -> None:
+    """Make `folder` the cache of these facts, or find that it is.
+
+    Raises:
+        DataError: another cache, or something else, lies there.
+    """
+    if not (folder / FEATURES_NAME).is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DataError(
+                "a folder with other files in it", where=str(folder), fix="choose another out=, or empty it"
+            )
+        write_json(folder / FEATURES_NAME, {"format": FORMAT, **asdict(facts)})
+        return
+    changed = differences(asdict(read_facts(folder)), asdict(facts))
+    if changed:
+        raise DataError(
+            f"another feature cache: {'; '.join(changed)}",
+            where=str(folder),
+            fix="choose another out=, give the settings of that cache to continue it, or delete it",
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """Every value that is not the same, as "name OLD there, NEW here"."""
+    found: list[str] = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{path}{name}.")
+        elif _plain(old) != _plain(new):
+            found.append(f"{path}{name} {old!r} there, {new!r} here")
+    return found
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Where the tokens of source shard number `index` lie."""
+    return folder / f"shard-{index:06d}.tar"
+
+
+def note_finished(folder: Path, index: int, finished: FinishedShard) -> None:
+    """Say beside a shard that it is whole."""
+    write_json(_note_path(folder, index), asdict(finished))
+
+
+def read_finished(folder: Path, index: int, source: Shard) -> FinishedShard | None:
+    """What is known of source shard number `index`, if its tokens are all there.
+
+    Raises:
+        DataError: they were made of another source shard.
+    """
+    path = _note_path(folder, index)
+    if not path.is_file() or not shard_path(folder, index).is_file():
+        return None
+    note = read_json(path)
+    finished = FinishedShard(**(note | {"entry": ShardEntry(**note["entry"])}))
+    expected = (Path(source.url).name, source.num_records)
+    if (finished.source, finished.source_records) != expected:
+        raise DataError(
+            f"tokens of {finished.source} with {finished.source_records} records, where {expected[0]} with "
+            f"{expected[1]} is to be stored: the dataset's shards have changed",
+            where=str(folder),
+            fix="delete this folder, or give the old shards",
+        )
+    return finished
+
+
+def finish_dataset(folder: Path, sources: Sequence[Shard]) -> bool:
+    """Write `index.json` if all shards are there, whoever made them; False if other processes are still at work.
+
+    Raises:
+        DataError: there are more shards than sources.
+    """
+    notes = [read_finished(folder, index, source) for index, source in enumerate(sources)]
+    extra = len(list(folder.glob("shard-*.tar"))) - len(sources)
+    if extra > 0:
+        raise DataError(
+            f"{extra} shards more than the dataset has", where=str(folder), fix="delete this folder: its dataset shrank"
+        )
+    if not all(notes):
+        return False
+    write_index(folder, [note.entry for note in notes if note is not None])
+    return True
+
+
+def find_dataset(folder: Path, name: str) -> str:
+    """The shards of one dataset of a cache, as a glob.
+
+    Raises:
+        ConfigError: the cache lacks this dataset, or all of its shards.
+    """
+    if (folder / name / INDEX_NAME).is_file():
+        return str(folder / name / "shard-*.tar")
+    known = sorted(path.parent.name for path in folder.glob(f"*/{INDEX_NAME}"))
+    found = f"only a part of dataset {name}" if (folder / name).is_dir() else f"no dataset {name}"
+    raise ConfigError(
+        f"the feature cache holds {found}",
+        where=f"features={folder}",
+        fix=f"repeat `blip2train data cache-features ... out={folder}` with it; whole: {', '.join(known) or 'none'}",
+    )
+
+
+def _note_path(folder: Path, index: int) -> Path:
+    return shard_path(folder, index).with_suffix(".json")
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no tuples."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
