@@ -1,94 +1,108 @@
-"""Folders with JSONL captions, COCO-style JSON, or any records -> shards with index and manifest.
+"""A source of rows -> shards with an index and a manifest.
 
-Implements the entry to the data path for a user's own pictures. LAVIS needs a dataset class, a builder and two yaml
-files for that. Nothing is left out in silence: whatever is not packed is counted by cause, and the first ones are
-named.
+Implements the entry to the data path: everything a user downloads passes through here once. LAVIS needs a dataset
+class, a builder and two yaml files for each data set, and reads single files in training. Nothing is left out in
+silence: what is not packed is counted by cause and named.
 
-    out/shard-000000.tar ...   complete shards only; the one being written has another name
+    out/shard-000000.tar ...   whole shards only; shard i holds rows [i * samples_per_shard, (i + 1) * ...) of the
+                               source, less those left out, whoever writes it and whenever
     out/index.json             records, bytes and sha256 per shard
-    out/manifest.json          source, settings, counts, what was skipped and why
+    out/manifest.json          source, settings, counts, what was left out and why; written last
+    out/skipped.jsonl          every row left out, with its cause, if there is one
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
+import itertools
 import json
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Protocol
 
-from torchvision.io import encode_jpeg
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
-
-from blip2train.data.image_transform import decode_image
-from blip2train.data.pack_source import Fields, Skipped, locate, read_coco, read_jsonl, report_unused
-from blip2train.data.pack_state import (
-    MANIFEST_NAME,
-    PackState,
-    check_disk,
-    finish,
-    finished_manifest,
-    read_state,
-    save_state,
-    to_manifest,
-)
-from blip2train.data.shards import ShardWriter
+from blip2train.data import pack_manifest
+from blip2train.data.key_set import KeySet
+from blip2train.data.pack_pool import make_shards
+from blip2train.data.pack_state import PackFolder, check_disk, finished_manifest
+from blip2train.data.pack_worker import PackSettings, ShardTask
+from blip2train.data.source.base import Row, Skipped, Source, safe_key
 from blip2train.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int | None], None]
-"""Called with (rows done, rows in all or None), both growing."""
-
-SkipCause = Literal["duplicate_key", "missing_image", "no_caption", "not_an_image", "corrupt_image", "empty_file"]
-
-_TAR_BYTES_PER_RECORD = 3 * 1024
-_JPEG_QUALITY = 95
-_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"GIF87a": "gif", b"GIF89a": "gif"}
+_DUPLICATES_NAME = "duplicates.jsonl"
+_DISK_MARGIN = 1.25
+"""The records so far may be larger than the rest: only a disk that is clearly too small ends the work early."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackSettings:
-    """How records become shards.
+class Progress(Protocol):
+    def __call__(self, done: int, total: int | None, num_bytes: int) -> None:
+        """Called with the rows done, the rows in all if known, and the bytes written by this call."""
+
+
+def pack(
+    source: Source,
+    out: str | Path,
+    settings: PackSettings | None = None,
+    *,
+    workers: int = 1,
+    max_skipped_share: float = 1.0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Pack a source; repeat the call after an interruption, and it continues.
 
     Args:
-        samples_per_shard: records per tar.
-        prefix: start of every shard's name.
-        resize_short_side: in pixels; larger images are shrunk to it and stored as JPEG. None keeps the bytes as they
-            are.
-        validate_images: decode every image and leave out what does not decode; slower, but training then never meets
-            it.
+        source: what to pack.
+        out: folder of the shards.
+        settings: of the shards and images.
+        workers: processes; the result does not depend on it. Above one, a script needs the usual
+            `if __name__ == "__main__"`.
+        max_skipped_share: of the rows; with more left out, there is an error and no manifest.
+        progress: called as work goes on.
+
+    Returns:
+        The manifest; that of an earlier call if it has finished already.
+
+    Raises:
+        ConfigError: a setting out of range.
+        DataError: `out` holds another data set or is being packed into, the disk is full, too much was left out, or
+            there is nothing to pack.
     """
-
-    samples_per_shard: int = 1000
-    prefix: str = "shard"
-    resize_short_side: int | None = None
-    validate_images: bool = False
-
-    def __post_init__(self) -> None:
-        if self.resize_short_side is not None and self.resize_short_side < 1:
-            raise ConfigError(
-                f"resize_short_side={self.resize_short_side}",
-                where="pack",
-                fix="give pixels, or null to keep the images",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One record to be; its image is given, or lies at `path` (None: not found) and is read when its turn comes."""
-
-    key: str
-    name: str
-    fields: Mapping[str, Any]
-    path: Path | None = None
-    image: bytes = b""
-    extension: str = ""
+    if workers < 1:
+        raise ConfigError(f"workers={workers}", where="pack", fix="give 1 or more, or null for every core")
+    if not 0 <= max_skipped_share <= 1:
+        raise ConfigError(f"max_skipped_share={max_skipped_share}", where="pack", fix="give a share from 0 to 1")
+    settings = settings or PackSettings()
+    identity = json.loads(json.dumps({"source": source.identity() or None, "settings": asdict(settings)}))
+    manifest = finished_manifest(Path(out), identity)
+    if manifest is not None:
+        logger.info("%s holds this data set already", out)
+        return manifest
+    start = time.monotonic()
+    with PackFolder(Path(out), identity) as folder:
+        try:
+            duplicates = _Duplicates(folder.work / _DUPLICATES_NAME)
+            with duplicates:
+                _make_all(source, folder, settings, duplicates, workers, max_skipped_share, progress)
+            _check_budget(folder, duplicates, max_skipped_share, folder.totals.rows + duplicates.count)
+            skipped = source.skipped.merged(duplicates.skipped)
+            made = {"seconds": round(time.monotonic() - start, 1), "workers": workers}
+            return pack_manifest.close(folder, skipped, duplicates.path, source.notes(), made)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"the disk is full after {folder.totals.rows} rows",
+                where=str(out),
+                fix="free space and repeat the command: it continues",
+            ) from error
 
 
 def pack_records(
@@ -104,7 +118,7 @@ def pack_records(
     """Pack records whose images are in memory.
 
     Args:
-        records: each with "key", "image_bytes", "extension" and "json" (a mapping, see `data/sample.py`).
+        records: each with "key", "image_bytes" and "json" (a mapping, see `data/sample.py`).
         out: folder of the shards.
         samples_per_shard: records per tar.
         prefix: start of every shard's name.
@@ -117,239 +131,123 @@ def pack_records(
         The manifest.
 
     Raises:
-        DataError: `out` holds another data set, the disk is full, or there are no records.
+        DataError: as `pack`.
     """
-    rows = (
-        _Row(
-            safe_key(str(record["key"])),
-            str(record["key"]),
-            record["json"],
-            None,
-            record["image_bytes"],
-            record["extension"],
-        )
-        for record in records
-    )
-    return _pack(rows, Path(out), PackSettings(samples_per_shard, prefix), source, Skipped(), total, progress)
+    return pack(_Records(records, source, total), out, PackSettings(samples_per_shard, prefix), progress=progress)
 
 
-def pack_folder(
-    images: str | Path,
-    captions: str | Path,
-    out: str | Path,
-    *,
-    samples_per_shard: int = 1000,
-    prefix: str = "shard",
-    resize_short_side: int | None = None,
-    validate_images: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Pack a folder of images with a JSONL file of captions.
+class _Records:
+    """Records in memory as a source."""
 
-    A line is `{"image" or "file_name": path, "caption": "..." or "captions": [...]}` with optional `image_id`,
-    `questions` and anything else, which is kept. Lines of the same image are merged. `coco_id` is read as `image_id`,
-    and `qa: [{question, answer_scores}]` as questions.
+    def __init__(
+        self, records: Iterable[Mapping[str, Any]], identity: Mapping[str, Any] | None, total: int | None
+    ) -> None:
+        self.skipped = Skipped()
+        self._records, self._identity, self._total = records, identity, total
 
-    Args:
-        images: folder that the paths are relative to; the folder of `captions` is tried next.
-        captions: the JSONL file.
-        out: folder of the shards.
-        samples_per_shard: see `PackSettings`, also for the next three.
-        prefix: start of every shard's name.
-        resize_short_side: in pixels, or None.
-        validate_images: decode every image first.
-        progress: called after every image.
+    def identity(self) -> dict[str, Any]:
+        return dict(self._identity or {})
 
-    Returns:
-        The manifest.
+    def count(self) -> int | None:
+        return self._total
 
-    Raises:
-        DataError: a file or folder is missing, the disk is too small, `out` holds another data set, or nothing was
-        packed.
-    """
-    images, captions, out = _existing(images), _existing(captions), Path(out)
-    settings = PackSettings(samples_per_shard, prefix, resize_short_side, validate_images)
-    skipped = Skipped()
-    rows = _rows(read_jsonl(captions, skipped), (images, captions.parent))
-    report_unused(images, {row.path for row in rows if row.path}, (captions, out), skipped)
-    source = {"kind": "folder", "images": str(images), "captions": str(captions), "sha256": _sha256(captions)}
-    return _pack(rows, out, settings, source, skipped, len(rows), progress)
+    def notes(self) -> dict[str, Any]:
+        return {}
+
+    def rows(self) -> Iterator[Row]:
+        for record in self._records:
+            name = str(record["key"])
+            yield Row(safe_key(name), name, record["json"], record["image_bytes"])
 
 
-def pack_coco(
-    images: str | Path,
-    annotations: str | Path,
-    out: str | Path,
-    *,
-    samples_per_shard: int = 1000,
-    prefix: str = "shard",
-    resize_short_side: int | None = None,
-    validate_images: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Pack COCO-style captions: one JSON with `images` (id, file_name) and `annotations` (image_id, caption).
+class _Duplicates:
+    """Rows whose key an earlier one has; every one is named in a file, made anew by every call."""
 
-    Args:
-        images: folder of the files.
-        annotations: the JSON file, such as `captions_train2017.json`.
-        out: folder of the shards.
-        samples_per_shard: see `PackSettings`, also for the next three.
-        prefix: start of every shard's name.
-        resize_short_side: in pixels, or None.
-        validate_images: decode every image first.
-        progress: called after every image.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.skipped = Skipped()
+        self._seen = KeySet()
+        self._file: IO[str] | None = None
 
-    Returns:
-        The manifest.
+    def __enter__(self) -> None:
+        self._file = self.path.open("w", encoding="utf-8")
 
-    Raises:
-        DataError: as `pack_folder`, or the JSON lacks a field.
-    """
-    images, annotations = _existing(images), _existing(annotations)
-    settings = PackSettings(samples_per_shard, prefix, resize_short_side, validate_images)
-    skipped = Skipped()
-    rows = _rows(read_coco(annotations, skipped), (images,))
-    source = {"kind": "coco", "images": str(images), "annotations": str(annotations), "sha256": _sha256(annotations)}
-    return _pack(rows, Path(out), settings, source, skipped, len(rows), progress)
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def count(self) -> int:
+        return sum(self.skipped.counts.values())
+
+    def without(self, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
+        """The rows whose key is new."""
+        assert self._file is not None
+        rows = iter(rows)
+        while batch := list(itertools.islice(rows, batch_size)):
+            for row, is_new in zip(batch, self._seen.add([row.key for row in batch]), strict=True):
+                if is_new:
+                    yield row
+                else:
+                    self.skipped.add("duplicate_key", row.name)
+                    self._file.write(pack_manifest.skip_line("duplicate_key", row.name))
 
 
-def safe_key(name: str) -> str:
-    """A record key from a path or name: no dots (they end a key in a tar), slashes kept."""
-    return re.sub(r"[^\w/-]", "_", name).strip("/_") or "_".join(str(byte) for byte in name.encode())
-
-
-def _pack(
-    rows: Iterable[_Row],
-    out: Path,
+def _make_all(
+    source: Source,
+    folder: PackFolder,
     settings: PackSettings,
-    source: Mapping[str, Any] | None,
-    skipped: Skipped,
-    total: int | None,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Write the rows; `skipped` is what the source reader left out."""
-    identity = {"source": source, "settings": asdict(settings)}
-    manifest = finished_manifest(out, identity)
-    if manifest is not None:
-        logger.info("%s holds this data set already", out)
-        return manifest
-    state = read_state(out, identity)
-    if isinstance(rows, Sequence):
-        check_disk(out, sum(_estimated_bytes(row, settings) for row in rows[state.num_rows :]))
-    save_state(out, identity, state)
-    try:
-        _write_rows(rows, out, settings, identity, state, total, progress)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DataError(
-            f"the disk is full after {state.num_rows} rows",
-            where=str(out),
-            fix="free space and repeat the command: it continues",
-        ) from error
-    manifest = to_manifest(identity, state, skipped.merged(state.skipped))
-    if not state.entries:
-        raise DataError(
-            f"nothing was packed; skipped: {manifest['skipped'] or 'nothing, there were no records'}",
-            where=f"{source}",
-            fix="check that the paths in the captions match the images; the first names are "
-            f"{list(manifest['skipped_examples'].values())[:1]}",
-        )
-    if manifest["num_skipped"]:
-        logger.warning("%s: left out %s; first names in %s", out, manifest["skipped"], MANIFEST_NAME)
-    finish(out, manifest)
-    return manifest
-
-
-def _write_rows(
-    rows: Iterable[_Row],
-    out: Path,
-    settings: PackSettings,
-    identity: Mapping[str, Any],
-    state: PackState,
-    total: int | None,
+    duplicates: _Duplicates,
+    workers: int,
+    max_skipped_share: float,
     progress: Progress | None,
 ) -> None:
-    seen: set[str] = set()
-    num_finished = state.num_rows
-    with ShardWriter(out, settings.prefix, settings.samples_per_shard, state.entries) as writer:
-        for index, row in enumerate(rows):
-            is_new = row.key not in seen
-            seen.add(row.key)
-            if index < num_finished:
-                continue
-            image = _to_image(row, settings) if is_new else "duplicate_key"
-            state.num_rows = index + 1
-            if isinstance(image, str):
-                state.skipped.add(image, row.name)
-            else:
-                state.num_captions += len(row.fields.get("captions", ()))
-                content = json.dumps(row.fields, ensure_ascii=False).encode()
-                if writer.write(row.key, *image, content):
-                    state.entries = list(writer.entries)
-                    save_state(out, identity, state)
-            if progress is not None:
-                progress(index + 1, total)
-    state.entries = list(writer.entries)
+    total = source.count()
+    before = folder.totals.rows
+
+    def on_rows(num_rows: int, num_bytes: int) -> None:
+        if progress is not None:
+            progress(before + duplicates.count + num_rows, total, num_bytes)
+
+    if total is not None:
+        workers = min(workers, max(1, math.ceil(total / settings.samples_per_shard)))
+    rows = duplicates.without(source.rows(), settings.samples_per_shard)
+    on_rows(0, 0)
+    reports = make_shards(_tasks(rows, folder, settings), folder.out, settings, workers, on_rows)
+    with closing(reports):
+        for report in reports:
+            folder.add(report)
+            if total:
+                _check_budget(folder, duplicates, max_skipped_share, total)
+                _check_rest(folder, total)
 
 
-def _to_image(row: _Row, settings: PackSettings) -> tuple[bytes, str] | SkipCause:
-    """(encoded image, extension), or why the row cannot be packed."""
-    if not row.fields.get("captions") and not row.fields.get("questions"):
-        return "no_caption"
-    if row.image:
-        return row.image, row.extension
-    if row.path is None:
-        return "missing_image"
-    data = row.path.read_bytes()
-    if not data:
-        return "empty_file"
-    extension = _extension(data)
-    if extension is None:
-        return "not_an_image"
-    if settings.resize_short_side is None and not settings.validate_images:
-        return data, extension
-    try:
-        image = decode_image(data)
-    except DataError:
-        return "corrupt_image"
-    side = settings.resize_short_side
-    if side is None or min(image.shape[-2:]) <= side:
-        return data, extension
-    smaller = F.resize(image, [side], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return encode_jpeg(smaller, quality=_JPEG_QUALITY).numpy().tobytes(), "jpg"
+def _tasks(rows: Iterator[Row], folder: PackFolder, settings: PackSettings) -> Iterator[ShardTask]:
+    """One for each shard that is not finished."""
+    for number in itertools.count():
+        part = tuple(itertools.islice(rows, settings.samples_per_shard))
+        if not part:
+            return
+        checksum = zlib.crc32("\n".join(row.key for row in part).encode("utf-8", "surrogatepass"))
+        if not folder.has(number, checksum):
+            yield ShardTask(number, part, checksum)
 
 
-def _extension(data: bytes) -> str | None:
-    """What the first bytes say the file is; names lie."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((extension for start, extension in _SIGNATURES.items() if data.startswith(start)), None)
+def _check_budget(folder: PackFolder, duplicates: _Duplicates, max_share: float, num_rows: int) -> None:
+    """DataError once more rows are left out than `max_share` of `num_rows` allows."""
+    causes = folder.totals.skipped + Counter(duplicates.skipped.counts)
+    if causes.total() > max_share * num_rows:
+        named = ", ".join(f"{count:,} {cause}" for cause, count in causes.most_common())
+        raise DataError(
+            f"{causes.total():,} of {num_rows:,} rows are left out ({named}); max_skipped_share is {max_share:g}",
+            where=f"{folder.identity['source']}",
+            fix="if they are to be left out, raise max_skipped_share= and repeat the command, which continues; "
+            f"if images were missing, complete them, delete {folder.out} and pack again",
+        )
 
 
-def _rows(entries: Mapping[str, Fields], folders: Sequence[Path]) -> list[_Row]:
-    return [
-        _Row(safe_key(str(Path(name).with_suffix(""))), name, fields, locate(name, folders))
-        for name, fields in entries.items()
-    ]
-
-
-def _estimated_bytes(row: _Row, settings: PackSettings) -> int:
-    if row.path is None:
-        return 0
-    size = row.path.stat().st_size
-    if settings.resize_short_side is not None:
-        size = min(size, 2 * settings.resize_short_side**2)  # a byte per pixel at twice the short side
-    return size + _TAR_BYTES_PER_RECORD
-
-
-def _existing(path: str | Path) -> Path:
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise DataError(f"no file or folder {found}", where=f"working folder {Path.cwd()}", fix="check the path")
-    return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_rest(folder: PackFolder, num_rows: int) -> None:
+    """DataError when the rows so far show that the rest will not fit on the disk."""
+    done = folder.totals
+    rest = done.num_bytes / done.rows * max(0, num_rows - done.rows)
+    check_disk(folder.out, int(rest / _DISK_MARGIN))

@@ -10,14 +10,13 @@ import io
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from blip2train.data.pack import Progress
 from blip2train.data.shards import ShardEntry, ShardWriter
 from blip2train.errors import DataError
 from blip2train.microworld.language import captions, questions
@@ -27,6 +26,9 @@ from blip2train.microworld.vocabulary import world_hash
 from blip2train.run_dir import read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int | None], None]
+"""Called with (images done, images in all)."""
 
 MANIFEST = "microworld.json"
 JPEG_QUALITY = 95
