@@ -6,6 +6,7 @@ already aligned, so no loss ever shifts (LAVIS shifts inside transformers and ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from blip2train.batch import Stage2Batch
 from blip2train.errors import ConfigError
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+"""Ids so far (B, T) and logits of the next token (B, V) -> logits (B, V), as transformers calls them."""
 
 
 @dataclass(slots=True)
@@ -77,9 +81,17 @@ class LanguageModel(Protocol):
         ...
 
     def generate(
-        self, visual_prompt: Tensor | None, prompt_ids: Tensor, prompt_mask: Tensor, settings: GenerationSettings
+        self,
+        visual_prompt: Tensor | None,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        settings: GenerationSettings,
+        choose: LogitsProcessor | None = None,
     ) -> Tensor:
-        """Continue visual prompt (B, Q, L) and prompt (B, Tp); returns only new ids (B, T), padded at the end."""
+        """Continue visual prompt (B, Q, L) and prompt (B, Tp); returns only new ids (B, T), padded at the end.
+
+        `choose`, where given, has the last word on every step's logits before a token is taken.
+        """
         ...
 
 

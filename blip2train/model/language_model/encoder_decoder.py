@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from blip2train.batch import IGNORE_INDEX, Stage2Batch
 from blip2train.errors import ConfigError
 from blip2train.model.freezing import freeze
-from blip2train.model.language_model.base import GenerationSettings, LanguageModelOutput
+from blip2train.model.language_model.base import GenerationSettings, LanguageModelOutput, LogitsProcessor
 from blip2train.model.language_model.generation import to_generation_config
 from blip2train.model.language_model.loading import ModelSource, load_model
 from blip2train.model.language_model.lora import add_lora, train_adapters
@@ -103,7 +103,12 @@ class EncoderDecoder(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, visual_prompt: Tensor | None, prompt_ids: Tensor, prompt_mask: Tensor, settings: GenerationSettings
+        self,
+        visual_prompt: Tensor | None,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        settings: GenerationSettings,
+        choose: LogitsProcessor | None = None,
     ) -> Tensor:
         """Answer the visual prompt (B, Q, L) and prompt (B, Tp).
 
@@ -119,6 +124,7 @@ class EncoderDecoder(nn.Module):
                 inputs_embeds=embeddings_BML,
                 attention_mask=mask_BM.long(),
                 generation_config=to_generation_config(settings, self.model.config, self.start_id),
+                logits_processor=None if choose is None else [choose],
             )
         return ids_BT[:, 1:]
 

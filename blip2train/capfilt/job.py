@@ -1,0 +1,196 @@
+"""A folder of shards that any number of processes fill: who takes which shard, what is done, and when all is.
+
+Implements the bookkeeping of CapFilt at the paper's scale (129 million images). A process may be killed at any moment,
+and the same command continues; the result does not depend on who did what.
+
+    out/shard-000000.tar ...     one per input shard, in the order of the inputs
+    out/.capfilt/settings.json   what this folder is: inputs, models, settings
+    out/.capfilt/000000.json     marker: the shard is whole; its account (`ShardResult`)
+    out/.capfilt/000000.lock     the shard is taken; holds the number of records read so far
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blip2train.capfilt.shard import ShardResult
+from blip2train.data.shards import INDEX_NAME, Shard
+from blip2train.errors import DataError
+from blip2train.run_dir import read_json, write_json
+
+MANIFEST_NAME = "manifest.json"
+_STATE_FOLDER = ".capfilt"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+ProcessShard = Callable[[Shard, Path, Callable[[int], None]], ShardResult]
+"""(input, path of the output, progress) -> its account."""
+
+
+class Job:
+    """The shards to do and those done.
+
+    Args:
+        shards: inputs in their order.
+        out: folder of the outputs.
+        identity: everything that the outputs depend on, as plain JSON; what lies in `out` must have the same.
+        prefix: start of every output shard's name.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], out: str | Path, identity: Mapping[str, Any], prefix: str = "shard"
+    ) -> None:
+        self.shards, self.out, self._prefix = list(shards), Path(out), prefix
+        self.identity = {"prefix": prefix, "inputs": _inputs(self.shards), **identity}
+        self._state = self.out / _STATE_FOLDER
+        self._read: dict[int, int] = {}
+
+    @property
+    def num_records(self) -> int:
+        """Records of all inputs."""
+        return sum(shard.num_records for shard in self.shards)
+
+    def prepare(self) -> None:
+        """Make the folder this job's own.
+
+        Raises:
+            DataError: it holds another job, or other shards.
+        """
+        settings = self._state / "settings.json"
+        if not settings.is_file():
+            foreign = [*self.out.glob("*.tar"), *(self.out / name for name in (INDEX_NAME, MANIFEST_NAME))]
+            found = [path.name for path in foreign if path.exists()]
+            if found:
+                raise DataError(
+                    f"a folder that holds another data set ({', '.join(found[:3])})",
+                    where=str(self.out),
+                    fix="choose another folder for out=, or delete this one",
+                )
+            write_json(settings, self.identity)
+        before = _flat(read_json(settings))
+        # as JSON gives it back: tuples are lists there
+        now = _flat(json.loads(json.dumps(self.identity)))
+        changed = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in sorted(before | now)
+                   if before.get(name) != now.get(name)]  # fmt: skip
+        if changed:
+            raise DataError(
+                f"a folder begun with other settings ({'; '.join(changed[:4])})",
+                where=str(self.out),
+                fix="repeat the call with the settings it was begun with, choose another out=, or delete this one",
+            )
+
+    def work(self, process: ProcessShard, rank: int, world: int, progress: Callable[[], None]) -> None:
+        """Do shards until none is left that nobody has taken: first every `world`-th one, then others' leftovers.
+
+        Args:
+            process: does one shard.
+            rank: of this process.
+            world: number of processes.
+            progress: called often.
+        """
+        own = range(rank, len(self.shards), world)
+        mine = set(own)
+        for index in [*own, *(index for index in range(len(self.shards)) if index not in mine)]:
+            with self._claim(index, is_own=index in mine) as lock:
+                if lock is not None:
+                    self._do(index, process, lock, progress)
+            progress()
+
+    def results(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The markers of the shards that are done, in order."""
+        for index in range(len(self.shards)):
+            if self._marker(index).is_file():
+                yield index, read_json(self._marker(index))
+
+    def is_done(self) -> bool:
+        """Every shard has its marker."""
+        return all(self._marker(index).is_file() for index in range(len(self.shards)))
+
+    def num_read(self) -> int:
+        """Records that all processes together have read, as far as their files say."""
+        taken = 0
+        for index in range(len(self.shards)):
+            if index in self._read:
+                continue
+            if self._marker(index).is_file():
+                self._read[index] = read_json(self._marker(index))["num_read"]
+            else:
+                taken += _number(self._marker(index).with_suffix(".lock"))
+        return sum(self._read.values()) + taken
+
+    def _do(self, index: int, process: ProcessShard, lock: int, progress: Callable[[], None]) -> None:
+        def note(num_read: int) -> None:
+            os.pwrite(lock, f"{num_read:<12}".encode(), 0)
+            progress()
+
+        result = process(self.shards[index], self.out / f"{self._prefix}-{index:06d}.tar", note)
+        write_json(self._marker(index), {"url": self.shards[index].url} | result.as_dict())
+
+    @contextmanager
+    def _claim(self, index: int, *, is_own: bool) -> Iterator[int | None]:
+        """Hold a shard's lock file, or yield None where it is done or another process holds it.
+
+        A file system without locks leaves every process its own share.
+        """
+        if self._marker(index).is_file():
+            yield None
+            return
+        path = self._marker(index).with_suffix(".lock")
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # a lock that was free may be that of a process which has just finished the shard
+            free = _lock(lock, or_else=is_own) and not self._marker(index).is_file()
+            yield lock if free else None
+            if free:
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(lock)
+
+    def _marker(self, index: int) -> Path:
+        return self._state / f"{index:06d}.json"
+
+
+def _lock(file: int, *, or_else: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return or_else
+    return True
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text() or 0)
+    except (OSError, ValueError):
+        return 0
+
+
+def _inputs(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Names and, of local files, sizes; as one digest, for there may be 100,000."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        path = Path(shard.url)
+        digest.update(f"{shard.url}\0{path.stat().st_size if path.is_file() else ''}\0".encode())
+    return {"num_shards": len(shards), "first": shards[0].url, "sha256": digest.hexdigest()}
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Leaves by dotted name."""
+    if not isinstance(node, dict):
+        return {path: node}
+    return {
+        name: leaf
+        for key, value in node.items()
+        for name, leaf in _flat(value, f"{path}.{key}" if path else str(key)).items()
+    }
