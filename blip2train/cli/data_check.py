@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _COLORS = {"error": "red", "warning": "yellow", "note": "dim"}
 _EXAMPLES_SHOWN = 3
+_LIMITS = ("max_words", "max_tokens", "min_side", "max_aspect", "max_pixels")
 
 
 def run(config: DictConfig) -> None:
@@ -53,9 +54,8 @@ def inspect(config: DictConfig) -> Inspection:
         raise ConfigError(f"level {config.level!r}", where="level", fix="full (decode every image) or fast")
     if config.workers is not None and config.workers < 1:
         raise ConfigError(f"workers={config.workers}", where="workers", fix="give 1 or more, or null for every core")
-    settings = CheckSettings(
-        config.level, config.max_words, config.max_tokens, config.min_side, config.max_aspect, config.level == "full"
-    )
+    limits = {name: config[name] for name in _LIMITS}
+    settings = CheckSettings(config.level, checksums=config.level == "full", **limits)
     urls = expand_urls(config.urls if isinstance(config.urls, str) else list(config.urls))
     count_tokens = None
     if config.tokenizer:

@@ -52,7 +52,9 @@ KINDS: Mapping[str, Kind] = {
     "empty_caption": Kind("error", "records", "nothing left of any caption after cleaning", _REPACK),
     "duplicate_key": Kind("error", "records", "a key that another record of the folder has", "give every image a key"),
     "truncated_shard": Kind("error", "records", "cut off: the tar ends inside or before it", "copy the shard again"),
-    "unreadable_shard": Kind("error", "shards", "a tar that cannot be read at all", "copy or pack the shard again"),
+    "unreadable_shard": Kind("error", "records", "of a tar that cannot be read at all", "copy or pack the shard again"),
+    "unreachable_shard": Kind("error", "shards", "remote, and not to be had after all retries", "repeat the check"),
+    "damaged_shard": Kind("warning", "shards", "does not end as a tar should", "copy the shard again"),
     # shards against index.json and manifest.json
     "missing_shard": Kind("error", "shards", "in the index, but not there", "copy it again, or pack again"),
     "extra_shard": Kind("warning", "shards", "there, but not in the index", "run `blip2train data index`"),

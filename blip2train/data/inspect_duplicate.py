@@ -5,9 +5,7 @@ Implements the comparison between shards of `blip2train data check`: sorted arra
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,8 @@ from numpy.typing import NDArray
 
 from blip2train.data.finding import NUM_EXAMPLES, Findings
 from blip2train.data.inspect_shard import ShardSummary
-from blip2train.data.shards import read_shard
+from blip2train.data.shard_index import UNCOUNTED
+from blip2train.data.shards import Shard, ShardCache, ShardReader
 
 Places = NDArray[np.int64]
 """Records by number, counted through all shards."""
@@ -25,7 +24,7 @@ def find_duplicates(
     summaries: Sequence[ShardSummary],
     folders: Sequence[str],
     findings: Findings,
-    read: Callable[[str], Any] = read_shard,
+    cache: ShardCache | None = None,
 ) -> None:
     """Add what only a comparison of records shows.
 
@@ -33,14 +32,14 @@ def find_duplicates(
         summaries: of all shards.
         folders: of each of them; keys and image ids are compared within a folder.
         findings: added to.
-        read: yields the records of a url; examples are looked up in the shards again.
+        cache: holds copies of remote shards, in which examples are looked up again.
     """
     keys, images, ids = (_joined(summaries, name) for name in ("keys", "images", "image_ids"))
     folder = np.repeat(
         np.unique(np.array(folders, dtype=object).astype(str), return_inverse=True)[1],
         [len(summary.keys) for summary in summaries],
     )
-    names = _Names(summaries, read)
+    names = _Names(summaries, cache)
     for number in np.unique(folder):
         inside = np.flatnonzero(folder == number)
         named = inside[keys[inside] != 0]
@@ -58,28 +57,24 @@ def find_duplicates(
     owner = np.repeat(np.arange(len(keys)), _joined(summaries, "captions_of"))
     later, first = _repeated(_joined(summaries, "captions"))
     _add(findings, "duplicate_caption", owner[later], owner[first], names, "has a caption of")
+    names.close()
 
 
 class _Names:
-    """Looks up keys of records by number; each shard is read once, as far as needed."""
+    """Looks up keys of records by number."""
 
-    def __init__(self, summaries: Sequence[ShardSummary], read: Callable[[str], Any]) -> None:
-        self._summaries, self._read = summaries, read
+    def __init__(self, summaries: Sequence[ShardSummary], cache: ShardCache | None) -> None:
+        self._reader = ShardReader([Shard(summary.url, UNCOUNTED) for summary in summaries], cache, max_open=1)
         self._starts = np.concatenate([[0], np.cumsum([summary.num_records for summary in summaries])])
-        self._known: dict[int, str] = {}
 
-    def look_up(self, places: Sequence[int]) -> list[str]:
-        """`shard key` of each record."""
-        wanted: dict[int, set[int]] = defaultdict(set)
-        for place in places:
-            if place not in self._known:
-                wanted[int(np.searchsorted(self._starts, place, side="right")) - 1].add(place)
-        for shard, inside in wanted.items():
-            start, url = int(self._starts[shard]), self._summaries[shard].url
-            for place, record in enumerate(islice(self._read(url), max(inside) - start + 1), start=start):
-                if place in inside:
-                    self._known[place] = f"{url} {record['__key__']}"
-        return [self._known[place] for place in places]
+    def look_up(self, place: int) -> str:
+        """`shard key` of a record."""
+        shard = int(np.searchsorted(self._starts, place, side="right")) - 1
+        record = self._reader.record(shard, place - int(self._starts[shard]))
+        return f"{record['__url__']} {record['__key__']}"
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 def _repeated(values: NDArray[Any]) -> tuple[Places, Places]:
@@ -95,10 +90,9 @@ def _repeated(values: NDArray[Any]) -> tuple[Places, Places]:
 
 def _add(findings: Findings, kind: str, later: Places, first: Places, names: _Names, what: str) -> None:
     """Count records that repeat something of an earlier one; the first few are named together with it."""
-    shown = [place for pair in zip(later[:NUM_EXAMPLES], first[:NUM_EXAMPLES], strict=True) for place in pair]
-    found = names.look_up([int(place) for place in shown])
-    pairs = zip(found[::2], found[1::2], strict=True)
-    findings.add(kind, *(f"{own}: {what} {other}" for own, other in pairs), count=len(later))
+    pairs = zip(later[:NUM_EXAMPLES].tolist(), first[:NUM_EXAMPLES].tolist(), strict=True)
+    examples = [f"{names.look_up(own)}: {what} {names.look_up(other)}" for own, other in pairs]
+    findings.add(kind, *examples, count=len(later))
 
 
 def _joined(summaries: Sequence[ShardSummary], name: str) -> NDArray[Any]:

@@ -5,43 +5,77 @@ Implements the structure part of `blip2train data check`: missing, extra, change
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from blip2train.data.finding import Findings
 from blip2train.data.inspect_shard import ShardSummary
-from blip2train.data.shards import INDEX_NAME
+from blip2train.data.remote import beside, is_remote, read_small
+from blip2train.data.shard_index import (
+    INDEX_NAME,
+    SIZES_NAME,
+    UNCOUNTED,
+    Shard,
+    parse_index,
+    parse_sizes,
+    parse_stats,
+    stats_name,
+)
+from blip2train.data.shard_reader import file_name
 from blip2train.errors import DataError
-from blip2train.run_dir import read_json
 
 MANIFEST_NAME = "manifest.json"
 
 Rows = Mapping[str, Mapping[str, Any]]
-"""Shard name -> its row of an index: num_records, and num_bytes and sha256 where they are known."""
+"""Shard name -> its row: num_records, and num_bytes and sha256 where they are known."""
 
 
 @dataclass
 class FolderIndex:
-    """What lies beside the shards of one local folder."""
+    """What lies beside the shards of one folder.
 
-    path: Path
-    index: Rows = field(default_factory=dict)
-    manifest: Rows = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    Args:
+        name: the folder, local or remote.
+        index: rows of index.json, or the counts of img2dataset's or webdataset's own files.
+        manifest: the shards of manifest.json.
+        facts: the rest of manifest.json.
+    """
+
+    name: str
+    index: Rows
+    manifest: Rows
+    facts: Mapping[str, Any]
+
+    def shard(self, url: str) -> Shard:
+        """A shard of this folder with what the index promises of it."""
+        row = self.index.get(file_name(url), {})
+        return Shard(url, row.get("num_records", UNCOUNTED), row.get("num_bytes") or None, row.get("sha256") or None)
 
 
-def read_folder(folder: str) -> FolderIndex:
-    """Read `index.json` and `manifest.json` of a local folder; both may be missing.
+def read_folder(urls: Sequence[str]) -> FolderIndex:
+    """Read what lies beside some shards of one folder; all of it may be missing.
 
     Raises:
-        DataError: one of them is no JSON, or has no list of shards.
+        DataError: an index that is none.
     """
-    path = Path(folder or ".")
-    index, manifest = _read(path / INDEX_NAME), _read(path / MANIFEST_NAME)
-    facts = {name: value for name, value in manifest.items() if name != "shards"}
-    return FolderIndex(path, _rows(index, path / INDEX_NAME), _rows(manifest, path / MANIFEST_NAME), facts)
+    where = {name: beside(urls[0], name) for name in (INDEX_NAME, SIZES_NAME, MANIFEST_NAME)}
+    found = {name: read_small(place) for name, place in where.items()}
+    index: dict[str, Mapping[str, Any]] = {}
+    if (content := found[INDEX_NAME]) is not None:
+        index = {name: asdict(row) for name, row in parse_index(content, where[INDEX_NAME]).items()}
+    elif (content := found[SIZES_NAME]) is not None:
+        index = {name: {"num_records": count} for name, count in parse_sizes(content, where[SIZES_NAME]).items()}
+    else:
+        for url in urls:
+            stats = beside(url, stats_name(file_name(url)))
+            if (content := read_small(stats)) is not None:
+                index[file_name(url)] = {"num_records": parse_stats(content, stats)}
+    manifest = _parse_manifest(found[MANIFEST_NAME], where[MANIFEST_NAME])
+    rows = {row["name"]: row for row in manifest.pop("shards", []) if isinstance(row, dict) and "name" in row}
+    return FolderIndex(beside(urls[0], ""), index, rows, manifest)
 
 
 def compare(folder: FolderIndex, summaries: Sequence[ShardSummary], findings: Findings) -> None:
@@ -50,16 +84,17 @@ def compare(folder: FolderIndex, summaries: Sequence[ShardSummary], findings: Fi
     A shard of the index that was not asked for is only looked for. A shard that is cut off is not counted a second
     time for being shorter than it was.
     """
-    for name in folder.index:
-        if not (folder.path / name).is_file():
-            findings.add("missing_shard", str(folder.path / name))
+    if not is_remote(folder.name):
+        for name in folder.index:
+            if not (Path(folder.name) / name).is_file():
+                findings.add("missing_shard", f"{folder.name}/{name}")
     if not folder.index:
-        findings.add("no_index", str(folder.path))
+        findings.add("no_index", folder.name)
     for name in sorted({*folder.index} ^ {*folder.manifest}) if folder.index and folder.manifest else ():
-        where = "manifest.json" if name in folder.manifest else "index.json"
-        findings.add("manifest_mismatch", f"{folder.path / name}: only in {where}")
+        where = MANIFEST_NAME if name in folder.manifest else INDEX_NAME
+        findings.add("manifest_mismatch", f"{folder.name}/{name}: only in {where}")
     for summary in summaries:
-        name = Path(summary.url).name
+        name = file_name(summary.url)
         row = folder.index.get(name)
         if row is None:
             if folder.index:
@@ -75,38 +110,20 @@ def compare(folder: FolderIndex, summaries: Sequence[ShardSummary], findings: Fi
 
 def _compare_shard(row: Mapping[str, Any], summary: ShardSummary, findings: Findings) -> None:
     promised = row.get("num_records", summary.num_records)
-    num_bytes, sha256 = row.get("num_bytes"), row.get("sha256")
+    num_bytes, sha256 = row.get("num_bytes") or None, row.get("sha256")
     if promised != summary.num_records:
         findings.add("wrong_count", f"{summary.url}: {summary.num_records} records, the index says {promised}")
-    elif num_bytes is not None and num_bytes != summary.size:
+    elif summary.size is not None and num_bytes not in (None, summary.size):
         findings.add("changed_shard", f"{summary.url}: {summary.size} bytes, the index says {num_bytes}")
     elif sha256 and summary.sha256 and sha256 != summary.sha256:
         findings.add("changed_shard", f"{summary.url}: another sha256 than the index says")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+def _parse_manifest(content: bytes | None, where: str) -> dict[str, Any]:
+    if content is None:
         return {}
     try:
-        loaded: Any = read_json(path)
+        loaded = json.loads(content)
     except ValueError as error:
-        raise _foreign(path, str(error)) from error
-    if not isinstance(loaded, dict):
-        raise _foreign(path, f"a {type(loaded).__name__}")
-    return loaded
-
-
-def _rows(content: Mapping[str, Any], path: Path) -> Rows:
-    rows = content.get("shards", [])
-    try:
-        return {str(row["name"]): row for row in rows}
-    except (KeyError, TypeError) as error:
-        raise _foreign(path, f"{type(error).__name__}: {error}") from error
-
-
-def _foreign(path: Path, reason: str) -> DataError:
-    return DataError(
-        f"an index that is not ours ({reason})",
-        where=str(path),
-        fix="delete it and run `blip2train data index`, or pack the folder again",
-    )
+        raise DataError(f"no JSON ({error})", where=where, fix="delete it, or pack the folder again") from error
+    return loaded if isinstance(loaded, dict) else {}

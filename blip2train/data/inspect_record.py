@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,13 +17,19 @@ from PIL import Image
 
 from blip2train.data.caption import clean_caption
 from blip2train.data.drop import Drop
-from blip2train.data.sample import RecordText, read_text, to_eval_item
+from blip2train.data.image_file import MAX_PIXELS, ImageTooLargeError, check_size
+from blip2train.data.image_transform import decode_image
+from blip2train.data.sample import RecordText, read_text
 from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord
+from blip2train.data.stored_tokens import TOKENS
+from blip2train.errors import DataError
 
 Level = Literal["fast", "full"]
 
 _FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
-_READ = {*IMAGE_EXTENSIONS, "json", "txt"}
+_READ = {*IMAGE_EXTENSIONS, "json", "txt", TOKENS}
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,7 @@ class CheckSettings:
         max_tokens: as `max_words`, in tokens with the special ones; judged where there is a tokenizer.
         min_side: of an image in pixels.
         max_aspect: longer side / shorter side.
+        max_pixels: width x height that is still decoded.
         checksums: compare the sha256 of local shards with the index.
     """
 
@@ -43,6 +51,7 @@ class CheckSettings:
     max_tokens: int = 32
     min_side: int = 32
     max_aspect: float = 4.0
+    max_pixels: int = MAX_PIXELS
     checksums: bool = True
 
 
@@ -120,27 +129,26 @@ def _judge_text(text: RecordText, facts: RecordFacts, settings: CheckSettings) -
 
 def _look_at_image(record: RawRecord, facts: RecordFacts, settings: CheckSettings) -> None:
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in record), None)
-    dropped = bool(facts.defects)
+    usable = not facts.defects
     if extension is None:
-        if not dropped:
+        if usable and TOKENS not in record:
             names = ", ".join(name for name in record if not name.startswith("__"))
             facts.defects.append(("no_image", f"files of the record: {names or 'none'}"))
         return
     data: bytes = record[extension]
     facts.image_hash, facts.num_bytes = hash8(data), len(data)
-    kind, header = _header(data)
-    facts.size = header
-    if settings.level == "full" and not dropped:
-        item = to_eval_item(record, "check", lambda image, generator: image)
-        if isinstance(item, Drop):
-            facts.defects.append((item.cause, item.detail))
-            facts.size = None
-            return
-        facts.size = (item.image.shape[2], item.image.shape[1])  # EXIF rotation applied
-    elif header is None and not dropped:
-        facts.defects.append(("corrupt_image", "no header of a known image format"))
+    if not usable:
         return
-    if facts.size is None or dropped:
+    try:
+        kind, facts.size = _read_header(data, settings.max_pixels)
+        if settings.level == "full":
+            height, width = decode_image(data, settings.max_pixels).shape[1:]
+            facts.size = (width, height)
+    except ImageTooLargeError as error:
+        facts.defects.append(("image_too_large", error.found))
+        return
+    except DataError as error:
+        facts.defects.append(("corrupt_image", error.found))
         return
     short, long = sorted(facts.size)
     if short < settings.min_side:
@@ -151,11 +159,23 @@ def _look_at_image(record: RawRecord, facts: RecordFacts, settings: CheckSetting
         facts.defects.append(("wrong_extension", f".{extension} holds {kind}"))
 
 
-def _header(data: bytes) -> tuple[str | None, tuple[int, int] | None]:
-    """(format, (width, height)) from the first bytes; nothing is decoded."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.format, image.size
-    # PIL's readers raise many kinds on hostile bytes: SyntaxError, ValueError, struct.error, its own bomb error
-    except Exception:
-        return None, None
+def _read_header(data: bytes, max_pixels: int) -> tuple[str | None, tuple[int, int]]:
+    """(format, (width, height) as seen upright) from the first bytes; nothing is decoded.
+
+    Raises:
+        ImageTooLargeError: more pixels than that.
+        DataError: no header of a known format.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on odd metadata, and on sizes, which are checked here
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                kind, size = image.format, image.size
+                turned = image.getexif().get(_ORIENTATION, 1) in _TURNED
+        except Image.DecompressionBombError as error:
+            raise ImageTooLargeError(str(error), where="check", fix="make it smaller, or raise max_pixels") from error
+        except Exception as error:  # broken bytes make PIL raise nearly anything
+            reason = type(error).__name__
+            raise DataError(f"no image header ({reason})", where="check", fix="repair or remove it") from error
+    check_size(size, max_pixels)
+    return kind, (size[1], size[0]) if turned else size

@@ -10,10 +10,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +19,8 @@ from numpy.typing import NDArray
 from blip2train.data.caption import clean_caption
 from blip2train.data.finding import KINDS, Findings
 from blip2train.data.inspect_record import CheckSettings, RecordFacts, caption_hash, hash8, inspect_record
-from blip2train.data.shards import RawRecord, read_shard
+from blip2train.data.shard_index import UNCOUNTED
+from blip2train.data.shards import RawRecord, Shard, ShardCache, ShardReader
 from blip2train.errors import DataError
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
@@ -29,8 +28,6 @@ CountTokens = Callable[[Sequence[str]], Sequence[int]]
 
 HISTOGRAMS = ("caption_words", "captions_per_image", "questions_per_image", "width", "height", "aspect", "kilobytes")
 """Whole numbers, except `aspect`: width / height in hundredths. `kilobytes` is rounded up."""
-
-_LOST = ("truncated_shard", "unreadable_shard")
 
 
 @dataclass
@@ -41,7 +38,7 @@ class ShardSummary:
         url: as given.
         source: folder and prefix, the name of the group it is counted in.
         findings: of this shard on its own.
-        num_records: read, broken ones included.
+        num_records: found, and promised but lost.
         num_usable: of them without a finding of severity "error".
         num_captions, num_questions, num_bytes: in all; bytes are of the encoded images.
         size: of the tar in bytes; None where it is remote.
@@ -74,43 +71,67 @@ class ShardSummary:
 
 
 def inspect_shard(
-    url: str,
+    shard: Shard,
     settings: CheckSettings,
     limit: int | None = None,
     count_tokens: CountTokens | None = None,
-    read: Callable[[str], Any] = read_shard,
+    cache: ShardCache | None = None,
 ) -> ShardSummary:
     """Read one shard and look at every record.
 
     Args:
-        url: the shard.
+        shard: the shard; what it promises is judged, where it is counted.
         settings: what to look at.
         limit: stop after this many records.
         count_tokens: judges captions by tokens too.
-        read: yields the records of a url.
+        cache: holds copies of remote shards.
     """
-    summary = ShardSummary(url, source_of(url))
+    summary = ShardSummary(shard.url, source_of(shard.url))
     hashes = _Hashes()
-    path = Path(url)
+    # as uncounted: the reader need not warn of what is found and counted here
+    reader = ShardReader([replace(shard, num_records=UNCOUNTED)], cache, max_open=1)
     try:
-        for record in islice(read(url), limit):
+        num_found = reader.num_found(0)
+        for index in range(num_found if limit is None else min(limit, num_found)):
+            record = reader.record(0, index)
             facts = inspect_record(record, settings)
             hashes.add(record, facts)
             _count(record, facts, summary)
             if count_tokens is not None:
                 _count_tokens(record, facts, summary, settings, count_tokens)
-    except DataError as error:
-        summary.findings.add("unreadable_shard", f"{url}: {error.found}")
+        summary.complete = limit is None or num_found < limit
+        if summary.complete:
+            _judge_end(summary, shard.num_records, num_found, reader.damage(0))
+    except DataError as error:  # a remote shard, after all retries
+        summary.findings.add("unreachable_shard", f"{shard.url}: {error.found}")
+        summary.complete = False
+    finally:
+        reader.close()
     hashes.store(summary)
-    if not summary.num_records and not summary.findings.counts:
-        summary.findings.add("empty_shard", url)
-    summary.complete = summary.num_records != limit and not any(summary.findings.counts[kind] for kind in _LOST)
+    path = Path(shard.url)
     if path.is_file():
         summary.size = path.stat().st_size
         if settings.checksums and summary.complete:
             with path.open("rb") as file:
                 summary.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return summary
+
+
+def _judge_end(summary: ShardSummary, promised: int, num_found: int, damage: str | None) -> None:
+    """Count the records that are lost behind the last one found, and say what is wrong with the tar as a whole."""
+    lost = max(promised - num_found, 0) if damage is not None else 0
+    if damage is not None and not num_found:
+        lost = max(lost, 1)
+        summary.findings.add("unreadable_shard", f"{summary.url}: {damage}", count=lost)
+    elif lost:
+        example = f"{summary.url}: {num_found} of {promised} records found: {damage}"
+        summary.findings.add("truncated_shard", example, count=lost)
+    elif damage is not None and not summary.findings.counts["truncated_shard"]:
+        summary.findings.add("damaged_shard", f"{summary.url}: {damage}")
+    elif not num_found:
+        summary.findings.add("empty_shard", summary.url)
+    summary.num_records += lost
+    summary.complete = damage is None
 
 
 def source_of(url: str) -> str:
@@ -143,6 +164,9 @@ class _Hashes:
         self._captions_of.append(len(captions))
 
     def store(self, summary: ShardSummary) -> None:
+        lost = summary.num_records - len(self._keys)
+        for column in (self._keys, self._images, self._image_ids, self._captions_of):
+            column += [0] * lost
         summary.keys = np.array(self._keys, np.uint64)
         summary.images = np.array(self._images, np.uint64)
         summary.image_ids = np.array(self._image_ids, np.int64)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,9 @@ from blip2train.data.inspect_duplicate import find_duplicates
 from blip2train.data.inspect_index import FolderIndex, compare, read_folder
 from blip2train.data.inspect_record import CheckSettings
 from blip2train.data.inspect_shard import CountTokens, ShardSummary, inspect_shard, merged_histograms
+from blip2train.data.remote import beside
+from blip2train.data.shard_index import UNCOUNTED
+from blip2train.data.shards import Shard, ShardCache
 from blip2train.errors import DataError
 
 Progress = Callable[[int, int | None, int | None], None]
@@ -40,7 +42,7 @@ class Inspection:
     Args:
         summaries: of the shards, in the order they were asked for.
         findings: of all of them together.
-        folders: what lay beside the local ones.
+        folders: what lay beside them.
     """
 
     summaries: Sequence[ShardSummary]
@@ -99,6 +101,7 @@ def inspect_shards(
     limit: int | None = None,
     workers: int = 1,
     count_tokens: CountTokens | None = None,
+    cache: ShardCache | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """Look at every record of some shards.
@@ -109,19 +112,28 @@ def inspect_shards(
         limit: stop after this many records, counted in the order of the shards; such a check runs in one process.
         workers: processes at most; little data is looked at in this one.
         count_tokens: judges captions by tokens too; picklable where there are several processes.
+        cache: holds copies of remote shards.
         progress: called after every shard.
 
     Raises:
         DataError: an index that is not ours, or a process was killed.
     """
-    folder_of = {url: _folder(url) for url in urls}
-    folders = {folder: read_folder(folder) for folder in dict.fromkeys(folder_of.values()) if ":" not in folder}
-    expected = _expected(urls, folder_of, folders, limit)
-    inspect = partial(inspect_shard, settings=settings, count_tokens=count_tokens)
+    folder_of = {url: url if url.startswith("pipe:") else beside(url, "") for url in urls}
+    by_folder: dict[str, list[str]] = {}
+    for url, folder in folder_of.items():
+        by_folder.setdefault(folder, []).append(url)
+    # the output of a command has nothing beside it
+    folders = {name: read_folder(inside) for name, inside in by_folder.items() if not name.startswith("pipe:")}
+    shards = [
+        folders[folder_of[url]].shard(url) if folder_of[url] in folders else Shard(url, UNCOUNTED) for url in urls
+    ]
+    expected = sum(shard.num_records for shard in shards) if all(s.num_records != UNCOUNTED for s in shards) else None
+    expected = limit if expected is None else min(expected, limit or expected)
+    inspect = partial(inspect_shard, settings=settings, count_tokens=count_tokens, cache=cache)
     found: dict[int, ShardSummary] = {}
     done = num_bytes = 0
     useful = -(-(expected or _RECORDS_PER_WORKER * len(urls)) // _RECORDS_PER_WORKER)
-    for place, summary in _summaries(urls, inspect, limit, min(workers, len(urls), useful)):
+    for place, summary in _summaries(shards, inspect, limit, min(workers, len(urls), useful)):
         found[place] = summary
         done, num_bytes = done + summary.num_records, num_bytes + summary.num_bytes
         if progress is not None:
@@ -132,44 +144,44 @@ def inspect_shards(
         findings.merge(summary.findings)
     for folder, index in folders.items():
         compare(index, [summary for summary in summaries if folder_of[summary.url] == folder], findings)
-    find_duplicates(summaries, [folder_of[summary.url] for summary in summaries], findings)
+    find_duplicates(summaries, [folder_of[summary.url] for summary in summaries], findings, cache)
     return Inspection(summaries, findings, list(folders.values()))
 
 
 def _summaries(
-    urls: Sequence[str], inspect: Callable[..., ShardSummary], limit: int | None, workers: int
+    shards: Sequence[Shard], inspect: Callable[..., ShardSummary], limit: int | None, workers: int
 ) -> Iterator[tuple[int, ShardSummary]]:
-    """(place in `urls`, summary) of each shard, in any order."""
+    """(place in `shards`, summary) of each shard, in any order."""
     if workers > 1 and limit is None:
-        yield from _in_pool(urls, inspect, workers)
+        yield from _in_pool(shards, inspect, workers)
         return
-    for place, url in enumerate(urls):
+    for place, shard in enumerate(shards):
         if limit is not None and limit <= 0:
             return
-        summary = inspect(url, limit=limit)
+        summary = inspect(shard, limit=limit)
         if limit is not None:
             limit -= summary.num_records
         yield place, summary
 
 
 def _in_pool(
-    urls: Sequence[str], inspect: Callable[..., ShardSummary], workers: int
+    shards: Sequence[Shard], inspect: Callable[..., ShardSummary], workers: int
 ) -> Iterator[tuple[int, ShardSummary]]:
     # not fork: this process has threads (torch, the progress bar), whose locks a forked child would inherit
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, context, _start_worker)
-    waiting = iter(enumerate(urls))
+    waiting = iter(enumerate(shards))
     running: dict[Future[ShardSummary], int] = {}
     try:
         is_open = True
         while is_open or running:
             while is_open and len(running) < workers + _QUEUED_SHARDS:
-                place, url = next(waiting, (-1, ""))
-                if place < 0:
+                task = next(waiting, None)
+                if task is None:
                     is_open = False
                 else:
-                    running[pool.submit(inspect, url)] = place
+                    running[pool.submit(inspect, task[1])] = task[0]
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
@@ -185,19 +197,3 @@ def _in_pool(
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
-
-
-def _expected(
-    urls: Sequence[str], folder_of: Mapping[str, str], folders: Mapping[str, FolderIndex], limit: int | None
-) -> int | None:
-    """Records to look at, where every shard is in an index."""
-    rows = [folders[folder_of[url]].index.get(Path(url).name) if folder_of[url] in folders else None for url in urls]
-    counts = [row.get("num_records") if row else None for row in rows]
-    known = [count for count in counts if isinstance(count, int)]
-    if len(known) < len(counts):
-        return limit
-    return sum(known) if limit is None else min(limit, sum(known))
-
-
-def _folder(url: str) -> str:
-    return "pipe:" if url.startswith("pipe:") else url.rpartition("/")[0]
