@@ -6,13 +6,15 @@ process; its FlanT5 stage 2 expects prefix and suffix from the data set, which n
 
 from __future__ import annotations
 
-import zlib
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from blip2train.batch import Sample, Stage1Batch, Stage2Batch
-from blip2train.data.caption import clean_caption, split_prefix_suffix
+from blip2train.batch import Sample, Stage1Batch, Stage2Batch, to_image_id
+from blip2train.data.batch_schema import check_samples
+from blip2train.data.caption import TextOptions, UnicodeForm, split_prefix_suffix
+from blip2train.data.keyed import keyed_generator
 from blip2train.data.tokenizer import LanguageModelTokenizer, QFormerTokenizer
 from blip2train.errors import ConfigError
 
@@ -23,23 +25,47 @@ class Stage1Collator:
     Args:
         tokenizer: of the Q-Former.
         max_tokens: longest caption with [CLS] and [SEP] (LAVIS: 32).
-        clean: apply LAVIS's caption cleaning.
+        clean, max_words, unicode_form: see `TextOptions`.
+        image_ids: "dataset": equal ids mean the same image only within a dataset, since many number their images from
+            0. "shared": in all of them, for a mixture whose datasets hold the same images under the same ids (COCO's
+            captions and its questions).
     """
 
-    def __init__(self, tokenizer: QFormerTokenizer, max_tokens: int = 32, clean: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: QFormerTokenizer,
+        max_tokens: int = 32,
+        clean: bool = True,
+        max_words: int | None = 50,
+        unicode_form: UnicodeForm | None = None,
+        image_ids: Literal["dataset", "shared"] = "dataset",
+    ) -> None:
+        if image_ids not in ("dataset", "shared"):
+            raise ConfigError(f"image_ids={image_ids!r}", where="data.collator.image_ids", fix="one of dataset, shared")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.clean = clean
+        self.text = TextOptions(clean, max_words, unicode_form)
+        self.image_ids = image_ids
+
+    @property
+    def pad_id(self) -> int:
+        """What short texts are filled up with, on the right."""
+        return self.tokenizer.pad_id
 
     def __call__(self, samples: list[Sample]) -> Stage1Batch:
-        input_ids, attention_mask = self.tokenizer(_captions(samples, self.clean), self.max_tokens)
+        check_samples(samples)
+        captions = [self.text.apply(sample.caption) for sample in samples]
+        input_ids, attention_mask = self.tokenizer(captions, self.max_tokens)
         return Stage1Batch(
             **_images(samples),
             input_ids=input_ids,
             attention_mask=attention_mask,
-            image_ids=torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
+            image_ids=torch.tensor([self._image_id(sample) for sample in samples], dtype=torch.int64),
             keys=[sample.key for sample in samples],
         )
+
+    def _image_id(self, sample: Sample) -> int:
+        return sample.image_id if self.image_ids == "shared" else to_image_id(f"{sample.dataset}/{sample.image_id}")
 
 
 class Stage2Collator:
@@ -51,11 +77,11 @@ class Stage2Collator:
         prompt: text before every target ("a photo of"); for prefix language modelling, before every prefix.
         prefix_split: cut the caption in two, uniformly between its first word and its middle: the prefix joins the
             prompt, the rest is the target. A caption of one word has an empty prefix. For encoder-decoder models.
-        clean: apply LAVIS's caption cleaning.
+        clean, max_words, unicode_form: see `TextOptions`.
         predict_start: count the start token that opens an unprompted caption among the targets, as LAVIS does with OPT;
             False: it is the prompt. Not together with `prompt` or `prefix_split`, whose start is never a target.
-        seed: of the splits. A split depends on seed, key, caption and augmented pixels alone: repeatable on resume, and
-            fresh in every epoch, since the augmentation is.
+        seed: of the splits. A split depends on seed, dataset, the dataset's epoch and key alone: repeatable on resume,
+            fresh in every epoch, and the same whatever is done to the image.
     """
 
     def __init__(
@@ -65,6 +91,8 @@ class Stage2Collator:
         prompt: str = "",
         prefix_split: bool = False,
         clean: bool = True,
+        max_words: int | None = 50,
+        unicode_form: UnicodeForm | None = None,
         predict_start: bool = False,
         seed: int = 0,
     ) -> None:
@@ -79,11 +107,17 @@ class Stage2Collator:
         self.max_tokens = max_tokens
         self.prompt = prompt.strip()
         self.prefix_split = prefix_split
-        self.clean = clean
+        self.text = TextOptions(clean, max_words, unicode_form)
         self.predict_start = predict_start
         self.seed = seed
 
+    @property
+    def pad_id(self) -> int:
+        """What short texts are filled up with, on the right."""
+        return self.tokenizer.pad_id
+
     def __call__(self, samples: list[Sample]) -> Stage2Batch:
+        check_samples(samples)
         prompts, texts = self.split(samples)
         # a target that goes on after a word is spelled as inside a sentence
         separator = self.tokenizer.word_separator
@@ -105,7 +139,7 @@ class Stage2Collator:
 
     def split(self, samples: list[Sample]) -> tuple[list[str], list[str]]:
         """Prompt and target text of each sample; what `blip2train show batch` prints."""
-        captions = _captions(samples, self.clean)
+        captions = [self.text.apply(sample.caption) for sample in samples]
         if not self.prefix_split:
             return [self.prompt] * len(samples), captions
         parts = [
@@ -116,12 +150,7 @@ class Stage2Collator:
         return prompts, [" ".join(suffix) for _, suffix in parts]
 
     def _generator(self, sample: Sample) -> torch.Generator:
-        key = zlib.crc32(f"{self.seed}/{sample.key}/{sample.caption}".encode())
-        return torch.Generator().manual_seed(zlib.crc32(sample.image[:, ::8, ::8].numpy().tobytes(), key))
-
-
-def _captions(samples: list[Sample], clean: bool) -> list[str]:
-    return [clean_caption(sample.caption) if clean else sample.caption for sample in samples]
+        return keyed_generator(f"{self.seed}/{sample.dataset}/prefix/{sample.epoch}/{sample.key}")
 
 
 def _images(samples: list[Sample]) -> dict[str, Tensor | None]:
