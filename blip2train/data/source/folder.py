@@ -113,8 +113,8 @@ class TextBesideSource:
         if not any(row.texts for row in self._find(Skipped())):
             raise ConfigError(
                 f"no captions for the images in {self._images}",
-                where="captions",
-                fix=f"give captions=FILE with one of {', '.join(TABLE_SUFFIXES)}, or lay a .txt beside every image",
+                where="annotations",
+                fix=f"give annotations=FILE with one of {', '.join(TABLE_SUFFIXES)}, or lay a .txt beside every image",
             )
 
     def identity(self) -> dict[str, Any]:

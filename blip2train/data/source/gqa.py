@@ -3,8 +3,9 @@
 Official layout, from https://cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2, images):
 
     testdev_balanced_questions.json   {"201307251": {"imageId": "n161313", "question": "Is it overcast?",
-                                       "answer": "no", "fullAnswer", "isBalanced", "types": {"structural", "semantic", "detailed"},
-                                       "groups", "entailed", "equivalent", "semantic", "semanticStr", "annotations"}}
+                                       "answer": "no", "fullAnswer", "isBalanced",
+                                       "types": {"structural", "semantic", "detailed"}, "groups",
+                                       "entailed", "equivalent", "semantic", "semanticStr", "annotations"}}
     train_balanced_questions.json, val_balanced_questions.json, train_all_questions/train_all_questions_0.json, ...
     test_balanced_questions.json      without answers
     images/2405722.jpg, images/n161313.jpg

@@ -73,23 +73,24 @@ class Img2DatasetSource:
     def count(self) -> int | None:
         if not all(self._stats.values()):
             return None
-        return sum(stats["successes"] for stats in self._stats.values())
+        return sum(int(stats["successes"]) for stats in self._stats.values())
 
     def rows(self) -> Iterator[Row]:
         """In the order of the shards' names, inside a shard as it was written (files: by name)."""
         self.skipped, self._damaged = Skipped(), []
         for part in self._parts:
             place = part.relative_to(self._folder).parent
-            num_found = 0
+            num_known = -sum(self.skipped.counts.values())
             for row in self._read_tar(part) if part.suffix == ".tar" else self._read_files(part):
-                num_found += 1
+                num_known += 1
                 key = safe_key(str(place / row.key))
                 fields = {"image_id": f"{self._kind}/{key}"}
                 yield Row(key, row.name, fields, row.image, row.texts, tidy=_tidy)
-            promised = self._stats[part].get("successes", num_found)
-            if promised > num_found:
-                name = f"{part.relative_to(self._folder)} holds {num_found} of {promised} images"
-                self.skipped.add("missing_in_shard", name, promised - num_found)
+            num_known += sum(self.skipped.counts.values())
+            promised = self._stats[part].get("successes", num_known)
+            if promised > num_known:
+                name = f"{part.relative_to(self._folder)}: {num_known} of {promised} images"
+                self.skipped.add("missing_in_shard", name, promised - num_known)
 
     def notes(self) -> dict[str, Any]:
         """{"downloads": {"urls", "images", "failed": {cause: count}, "shards_without_counts"}, "damaged_shards"}; the

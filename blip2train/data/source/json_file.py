@@ -13,6 +13,7 @@ from typing import Any
 from blip2train.errors import DataError
 
 _CHUNK = 1 << 20
+_BETWEEN = ", \t\r\n"
 
 
 def load_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -46,8 +47,8 @@ def iterate_list(path: Path) -> Iterator[Any]:
                 return
             try:
                 value, end = decoder.raw_decode(text, position)
-                # a number that touches the end of the chunk may go on
-                is_whole = end < len(text)
+                # a number may go on behind the end of the chunk: "15" of "15.5"
+                is_whole = text[end : end + 1] in tuple(_BETWEEN + "]")
             except ValueError:
                 is_whole = False
             if is_whole:
@@ -88,6 +89,6 @@ def _keys(value: dict[str, Any]) -> str:
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n,":
+    while position < len(text) and text[position] in _BETWEEN:
         position += 1
     return position

@@ -72,7 +72,8 @@ class VqaSource:
         return {"kind": self._kind, **place, "sha256": sorted(map(sha256, self._paths))}
 
     def count(self) -> int | None:
-        return len({row["image_id"] for row in self._questions})
+        answers = self._answers
+        return len({row["image_id"] for row in self._questions if answers is None or row["question_id"] in answers})
 
     def rows(self) -> Iterator[Row]:
         """In the order of the images' first questions; questions without answers, and the reverse, are counted."""
