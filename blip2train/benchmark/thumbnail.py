@@ -40,12 +40,12 @@ def gather_pictures(pictures: Mapping[str, bytes], shown: Collection[str]) -> di
     return dict(gather_objects([(key, data) for key, data in pictures.items() if key in shown]))
 
 
-def thumbnail(image: Tensor) -> bytes:
-    """JPEG of a uint8 (3, h, w) image, at most 160 pixels on the long side and never enlarged."""
+def thumbnail(image: Tensor, longest_side: int = LONGEST_SIDE, quality: int = 90) -> bytes:
+    """JPEG of a uint8 (3, h, w) image, at most `longest_side` pixels on the long side and never enlarged."""
     assert image.dtype == torch.uint8
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
     file = BytesIO()
     # full-resolution colour: chroma subsampling smears the small coloured shapes of synthetic images
-    picture.save(file, format="JPEG", quality=90, subsampling=0)
+    picture.save(file, format="JPEG", quality=quality, subsampling=0)
     return file.getvalue()

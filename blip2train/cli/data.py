@@ -12,6 +12,8 @@ from blip2train.cli.config import run_subverb
 VERBS = {
     "pack": "images with captions or questions -> shards      input=FOLDER out=SHARDS [source=coco ...]",
     "check": "shards -> what is in them, and what is wrong     'urls=[SHARDS/*.tar]'",
+    "view": "shards -> a page of pictures and histograms      'urls=[SHARDS/*.tar]' out=view.html",
+    "cache-features": "shards -> the frozen encoder's output, once      experiment=NAME out=FOLDER",
 }
 """Name -> one line of help. `data pack` is configs/data_pack.yaml and the function `run` of cli/data_pack.py."""
 
