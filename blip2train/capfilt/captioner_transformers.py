@@ -17,6 +17,7 @@ from blip2train.capfilt.loading import choose_dtype, load_part
 from blip2train.errors import ConfigError
 
 BLIP_PROMPT = "a picture of"
+_IMAGE_IN_TEXT = ("blip-2", "instructblip")
 
 
 class TransformersCaptioner:
@@ -72,7 +73,9 @@ class TransformersCaptioner:
         }
 
     def _inputs(self, images: Sequence[Tensor]) -> dict[str, Any]:
-        prompt = {"text": [self.settings.prompt] * len(images)} if self.settings.prompt else {}
+        # BLIP-2 keeps the places of its image in the text
+        asks = self.settings.prompt or self.model.config.model_type in _IMAGE_IN_TEXT
+        prompt = {"text": [self.settings.prompt] * len(images)} if asks else {}
         encoded = self._processor(images=list(images), return_tensors="pt", **prompt)
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)

@@ -130,7 +130,10 @@ class Job:
             os.pwrite(lock, f"{num_read:<12}".encode(), 0)
             progress()
 
-        result = process(self.shards[index], self.out / f"{self._prefix}-{index:06d}.tar", note)
+        out = self.out / f"{self._prefix}-{index:06d}.tar"
+        for left_over in self.out.glob(f".{out.name}.*.partial"):  # of a killed process: nobody else has this shard
+            left_over.unlink()
+        result = process(self.shards[index], out, note)
         write_json(self._marker(index), {"url": self.shards[index].url} | result.as_dict())
 
     @contextmanager

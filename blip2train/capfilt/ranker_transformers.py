@@ -47,8 +47,8 @@ class TransformersRanker:
         self._images = load_part(lambda: AutoImageProcessor.from_pretrained(model), *arguments)
         self._tokenizer = load_part(lambda: AutoTokenizer.from_pretrained(model), *arguments)
         self.max_tokens = _max_tokens(self.model, self._tokenizer)
-        # SigLIP was trained on texts padded to their full length, and says so by having no use for a mask
-        self._padding = "max_length" if self.model.config.model_type.startswith("siglip") else "longest"
+        # SigLIP was trained on texts padded to their full length, and reads the padding too
+        self._reads_padding = self.model.config.model_type.startswith("siglip")
         self._name = model
 
     @torch.inference_mode()
@@ -59,10 +59,13 @@ class TransformersRanker:
         pixels_B3hw = self._images(images=list(images), return_tensors="pt")["pixel_values"]
         images_BE = _features(self.model.get_image_features(pixel_values=pixels_B3hw.to(self.device, self.dtype)))
         lengths = [len(ids) for ids in self._tokenizer(flat, verbose=False)["input_ids"]]
+        padding = "max_length" if self._reads_padding else "longest"
         encoded = self._tokenizer(
-            flat, padding=self._padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            flat, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
-        wanted = {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask") if name in encoded}
+        wanted = {"input_ids": encoded["input_ids"].to(self.device)}
+        if not self._reads_padding:
+            wanted["attention_mask"] = encoded["attention_mask"].to(self.device)
         texts_NE = _features(self.model.get_text_features(**wanted))
         scores = cosine_scores(images_BE, texts_NE, [len(row) for row in texts], self._name)
         return Ranking(scores, sum(length > self.max_tokens for length in lengths))

@@ -83,7 +83,7 @@ def _grid(highest: float, y: Callable[[float], float]) -> str:
 
 
 def _ticks(start: float, end: float, unit: float, x: Callable[[float], float]) -> str:
-    step = tick_step(end - start)
+    step = max(tick_step(end - start), unit)
     numbers: Sequence[int] = range(math.ceil(start / step - 1e-9), math.floor(end / step + 1e-9) + 1)
     base = _HEIGHT - _BOTTOM
     axis = f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>'

@@ -1,0 +1,160 @@
+"""One shard in, one shard out: nothing of a record changes but its captions, and every record is accounted for."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from capfilt_world import write_web_shards
+from shard_factory import encode, noise, write_tar
+from torch import Tensor
+
+from blip2train.batch import ImageSpec, to_image_id
+from blip2train.capfilt.candidate import KeepRule
+from blip2train.capfilt.ranker import Ranking
+from blip2train.capfilt.shard import ShardResult, ShardSettings, process_shard
+from blip2train.data.image_transform import TrainTransform
+from blip2train.data.sample import to_sample
+from blip2train.data.shards import Shard, read_shard
+from blip2train.errors import DataError
+
+
+class Scripted:
+    """Captions an image by its key and scores a text by its length; remembers its batches."""
+
+    def __init__(self, captions: Sequence[str] = ("a {key} dog", "{key}", "a big {key} dog", "a {key} dog.")) -> None:
+        self.captions = captions
+        self.batches: list[list[str]] = []
+
+    def __call__(self, images: Sequence[Tensor], keys: Sequence[str]) -> list[list[str]]:
+        self.batches.append(list(keys))
+        return [[text.format(key=key) for text in self.captions] for key in keys]
+
+
+def by_length(images: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> Ranking:
+    return Ranking([[len(text) / 100 for text in row] for row in texts], sum(len(row) > 4 for row in texts))
+
+
+def files(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def process(
+    url: str, out: Path, settings: ShardSettings, count: int = 6, captions: Scripted | None = None
+) -> ShardResult:
+    return process_shard(Shard(url, count), out, captions or Scripted(), by_length, settings)
+
+
+def test_keys_images_and_other_files_stay_byte_for_byte_and_captions_are_the_best(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [6])
+    result = process(url, tmp_path / "out" / "s.tar", ShardSettings(batch_size=4))
+    before, after = files(Path(url)), files(tmp_path / "out" / "s.tar")
+    assert list(before) == list(after)
+    assert all(after[name] == data for name, data in before.items() if not name.endswith("json"))
+    fields = json.loads(after["000000003.json"])
+    original = json.loads(before["000000003.json"])
+    assert {name: fields[name] for name in original} == original
+    assert fields["captions"] == ["the green in the on", "a big 000000003 dog"], "of the same length"
+    assert fields["caption_origins"] == ["web", "synthetic"]
+    assert fields["caption_scores"] == [0.19, 0.19]
+    assert result.entry is not None
+    assert (result.entry.num_records, result.num_read, result.drops) == (6, 6, [])
+
+
+def test_batches_follow_the_file_and_hold_usable_records_only(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [6], broken=[1])
+    captions = Scripted()
+    process(url, tmp_path / "o.tar", ShardSettings(batch_size=4), captions=captions)
+    assert [[int(key) for key in batch] for batch in captions.batches] == [[0, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_image_that_does_not_decode_is_counted_and_left_out_or_passed_on(tmp_path: Path, keep: bool) -> None:
+    (url,) = write_web_shards(tmp_path, [6], broken=[1, 4])
+    result = process(url, tmp_path / "o.tar", ShardSettings(batch_size=2, keep_unusable=keep))
+    after, before = files(tmp_path / "o.tar"), files(Path(url))
+    assert [(drop.cause, drop.key) for drop in result.drops] == [("corrupt_image", f"{n:09d}") for n in (1, 4)]
+    assert result.statistics.counts["images"] == 4
+    assert result.entry is not None
+    assert result.entry.num_records == (6 if keep else 4)
+    assert ("000000001.jpg" in after) == keep
+    if keep:
+        assert after["000000001.json"] == before["000000001.json"]
+
+
+def test_a_shard_that_was_cut_off_loses_its_last_records_and_says_so(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [6])
+    data = Path(url).read_bytes()
+    Path(url).write_bytes(data[: len(data) // 2])
+    result = process(url, tmp_path / "o.tar", ShardSettings())
+    assert result.num_read == 6
+    assert result.entry is not None
+    assert result.entry.num_records + len(result.drops) == 6
+    assert {drop.cause for drop in result.drops} == {"truncated_shard"}
+
+
+def test_images_without_any_web_caption_are_captioned(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in.tar", [("k.png", encode(noise(1))), ("m.png", encode(noise(2))), ("m.json", b"{}")])
+    result = process(str(tmp_path / "in.tar"), tmp_path / "o.tar", ShardSettings(), count=2)
+    assert json.loads(files(tmp_path / "o.tar")["k.json"])["captions"] == ["a big k dog", "a k dog"]
+    assert result.statistics.counts["images_with_web_caption"] == 0
+    assert result.statistics.counts["captions_kept"] == 4
+
+
+def test_all_candidates_are_stored_where_asked_for(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [1])
+    process(url, tmp_path / "o.tar", ShardSettings(KeepRule(keep=1), store_all=True), count=1)
+    fields = json.loads(files(tmp_path / "o.tar")["000000000.json"])
+    found = fields["caption_candidates"]
+    assert [row["text"] for row in found if row["kept"]] == fields["captions"]
+    assert [row["origin"] for row in found] == ["web", "synthetic", "synthetic", "synthetic"]
+    assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
+    assert found[-1] == {"text": "000000000", "origin": "synthetic", "score": 0.09, "kept": False}
+
+
+def test_texts_are_counted_to_the_last(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [5])
+    counts = process(url, tmp_path / "o.tar", ShardSettings(KeepRule(min_words=2)), count=5).statistics.counts
+    assert counts["texts"] == 5 * 5
+    left_out = counts["texts_left_out_duplicate"] + counts["texts_left_out_too_short"] + counts["texts_left_out_empty"]
+    assert (counts["texts_left_out_duplicate"], counts["texts_left_out_too_short"]) == (5, 5)
+    assert counts["candidates"] + left_out == counts["texts"]
+    assert counts["web_candidates"] + counts["synthetic_candidates"] == counts["candidates"]
+    assert counts["web_kept"] + counts["synthetic_kept"] == counts["captions_kept"] == 10
+
+
+def test_an_image_that_keeps_no_caption_is_left_out_and_counted(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [5])
+    strict = KeepRule(min_score=0.9)
+    result = process(url, tmp_path / "o.tar", ShardSettings(strict), count=5)
+    assert result.entry is None
+    assert not (tmp_path / "o.tar").exists()
+    assert result.statistics.counts["images_without_caption"] == 5
+    passed = process(url, tmp_path / "o.tar", ShardSettings(strict, keep_unusable=True), count=5)
+    assert passed.entry is not None
+    assert passed.entry.num_records == 5
+
+
+def test_output_of_an_earlier_call_is_refused(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [2])
+    process(url, tmp_path / "once.tar", ShardSettings(), count=2)
+    with pytest.raises(DataError, match="CapFilt has been over already"):
+        process(str(tmp_path / "once.tar"), tmp_path / "twice.tar", ShardSettings(), count=2)
+    assert not (tmp_path / "twice.tar").exists()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_training_draws_one_of_the_kept_captions_and_both_over_the_epochs(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path, [1])
+    process(url, tmp_path / "o.tar", ShardSettings(), count=1)
+    (record,) = read_shard(str(tmp_path / "o.tar"))
+    kept = set(json.loads(record["json"])["captions"])
+    transform = TrainTransform(ImageSpec(8, (0, 0, 0), (1, 1, 1)))
+    drawn = [to_sample(record, "web", transform, torch.Generator().manual_seed(epoch)) for epoch in range(12)]
+    assert {sample.caption for sample in drawn} == kept
+    assert {sample.image_id for sample in drawn} == {to_image_id("000000000")}
