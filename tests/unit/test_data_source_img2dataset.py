@@ -105,6 +105,12 @@ def test_without_a_hash_the_id_is_of_this_data_set(tmp_path: Path) -> None:
     assert source.count() is None and source.notes()["downloads"]["shards_without_counts"] == 1
 
 
+def test_an_id_saved_with_the_images_is_theirs(tmp_path: Path) -> None:
+    content = json.dumps({"captions": ["x"], "image_id": 42, "sha256": "0" * 64}).encode()
+    write_tar(tmp_path / "00000.tar", [("7.jpg", b"image"), ("7.json", content)])
+    assert records(Img2DatasetSource(tmp_path))[0][1]["image_id"] == 42
+
+
 def test_a_tar_that_is_cut_off_gives_what_is_whole_and_counts_the_rest(tmp_path: Path) -> None:
     shutil.copytree(WRITTEN / "webdataset", tmp_path / "cut")
     path = tmp_path / "cut" / "00000.tar"

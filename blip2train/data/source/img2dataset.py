@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,7 @@ class Img2DatasetSource:
             for row in self._read_tar(part) if part.suffix == ".tar" else self._read_files(part):
                 num_known += 1
                 key = safe_key(str(place / row.key))
-                fields = {"image_id": f"{self._kind}/{key}"}
-                yield Row(key, row.name, fields, row.image, row.texts, tidy=_tidy)
+                yield Row(key, row.name, {}, row.image, row.texts, tidy=partial(_tidy, f"{self._kind}/{key}"))
             num_known += sum(self.skipped.counts.values())
             promised = self._stats[part].get("successes", num_known)
             if promised > num_known:
@@ -133,13 +133,16 @@ class Img2DatasetSource:
             yield Row(Path(row.key).name, row.name, {}, row.image, row.texts)
 
 
-def _tidy(fields: Fields) -> Fields:
-    """Leave out what says nothing of the image as it is stored, and let equal downloads have one id."""
+def _tidy(unique_name: str, fields: Fields) -> Fields:
+    """Leave out what says nothing of the image as it is stored, and let equal downloads have one id.
+
+    A column `image_id` that was saved with the images is the id; else the hash of the download, else its name.
+    """
     kept = {name: value for name, value in fields.items() if name not in _DROPPED and value is not None}
     digest = kept.get("sha256")
-    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest):
-        kept["image_id"] = int(digest[:15], 16)  # 60 bits: a positive int64
-    return kept
+    is_hash = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+    # 60 bits: a positive int64
+    return {"image_id": int(digest[:15], 16) if is_hash else unique_name} | kept
 
 
 def _find_parts(folder: Path, ignored: Sequence[Path]) -> list[Path]:

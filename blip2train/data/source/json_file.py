@@ -1,11 +1,15 @@
 """JSON annotation files: read element by element where they are long lists, and described when they are the wrong ones.
 
 Implements no part of the paper. LAVIS loads every annotation file whole, in every process.
+
+`python -m blip2train.data.source.json_file FILE` prints the elements of a list, one per line: img2dataset reads a file
+of urls whole, and some are larger than memory.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ _BETWEEN = ", \t\r\n"
 
 
 def load_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """The whole file.
+    """The whole file; `object_hook` as in `json.load`, to keep less than all of it.
 
     Raises:
         DataError: it is no JSON.
@@ -26,7 +30,9 @@ def load_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
         with path.open(encoding="utf-8-sig") as file:
             return json.load(file, object_hook=object_hook)
     except ValueError as error:
-        raise DataError(f"no JSON ({error})", where=str(path), fix="download it again") from error
+        raise DataError(
+            f"no JSON ({error})", where=str(path), fix="check that it is the file meant; if so, download it again"
+        ) from error
 
 
 def iterate_list(path: Path) -> Iterator[Any]:
@@ -92,3 +98,8 @@ def _skip(text: str, position: int) -> int:
     while position < len(text) and text[position] in _BETWEEN:
         position += 1
     return position
+
+
+if __name__ == "__main__":
+    for element in iterate_list(Path(sys.argv[1])):
+        sys.stdout.write(json.dumps(element, ensure_ascii=False) + "\n")
