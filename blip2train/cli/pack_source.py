@@ -70,7 +70,7 @@ def open_source(config: DictConfig) -> Source:
     if name not in SOURCES:
         raise ConfigError(f"unknown source {name!r}", where="source", fix=f"one of {', '.join(SOURCES)}")
     kind = SOURCES[name]
-    found = {key: config[key] for key in _KEYS if config[key] is not None}
+    found = {key: config[key] for key in _KEYS if config[key] is not None and config[key] != []}
     missing = [key for key in kind.needs if key not in found]
     unread = [key for key in found if key not in (*kind.needs, *kind.takes)]
     if missing or unread:

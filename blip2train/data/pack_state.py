@@ -84,11 +84,13 @@ class PackFolder:
         self._lock = os.open(self.work, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock)
             raise DataError(
                 "a folder that another process is packing into", where=str(self.out), fix="wait for it, or stop it"
             ) from error
+        except OSError as error:
+            logger.warning("%s is on a disk without locks (%s): see that only one call packs there", self.out, error)
         for partial in self.work.glob("*.partial"):
             partial.unlink()
         self._read()
