@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_world import identity, make_language_tokenizer, make_stage1, make_stage2, make_tokenizer
-from capfilt_world import pil, random_image, save_blip, tokenizer
+from capfilt_world import pil, save_blip, tokenizer
 from huggingface_world import SIZE, save_generation
 from transformers import (
     AutoProcessor,
@@ -24,6 +24,7 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+from web_shards import random_image
 
 from blip2train.benchmark.prompting import generate_texts
 from blip2train.capfilt.captioner import Captioner, CaptionSettings

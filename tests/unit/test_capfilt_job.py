@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from capfilt_world import write_web_shards
 from torch import Tensor
+from web_shards import write_web_shards
 
 from blip2train.capfilt.finish import finish
 from blip2train.capfilt.job import Job

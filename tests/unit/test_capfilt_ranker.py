@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from capfilt_world import pil, random_image, save_clip, tokenizer
+from capfilt_world import pil, save_clip, tokenizer
 from huggingface_world import randomise
 from transformers import (
     AutoModel,
@@ -19,6 +19,7 @@ from transformers import (
     SiglipImageProcessor,
     SiglipModel,
 )
+from web_shards import random_image
 
 from blip2train.capfilt.ranker import cosine_scores
 from blip2train.capfilt.ranker_open_clip import OpenClipRanker

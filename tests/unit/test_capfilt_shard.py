@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from capfilt_world import write_web_shards
 from shard_factory import encode, noise, write_tar
 from torch import Tensor
+from web_shards import write_web_shards
 
 from blip2train.batch import ImageSpec, to_image_id
 from blip2train.capfilt.candidate import KeepRule
