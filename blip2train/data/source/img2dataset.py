@@ -140,9 +140,10 @@ def _tidy(unique_name: str, fields: Fields) -> Fields:
     """
     kept = {name: value for name, value in fields.items() if name not in _DROPPED and value is not None}
     digest = kept.get("sha256")
-    is_hash = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
-    # 60 bits: a positive int64
-    return {"image_id": int(digest[:15], 16) if is_hash else unique_name} | kept
+    image_id: int | str = unique_name
+    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest):
+        image_id = int(digest[:15], 16)  # 60 bits: a positive int64
+    return {"image_id": image_id} | kept
 
 
 def _find_parts(folder: Path, ignored: Sequence[Path]) -> list[Path]:
