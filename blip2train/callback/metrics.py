@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -27,10 +28,11 @@ class MetricsCallback(pl.Callback):
 
     Args:
         every_steps: optimizer steps per log entry.
+        more: further numbers for every entry, asked for on every rank.
     """
 
-    def __init__(self, every_steps: int = 10) -> None:
-        self.every_steps = every_steps
+    def __init__(self, every_steps: int = 10, more: Callable[[], Mapping[str, float]] | None = None) -> None:
+        self.every_steps, self._more = every_steps, more
         self._logged_step = -1
         self._reset()
 
@@ -93,6 +95,8 @@ class MetricsCallback(pl.Callback):
         if self._gradient_norm is not None:
             entry["gradient_norm"] = float(self._gradient_norm)
         entry["memory_gb"] = peak_memory_gb(trainer.strategy.root_device)
+        if self._more is not None:
+            entry |= self._more()
         for logger in trainer.loggers:
             logger.log_metrics(entry, step=step)
         self._logged_step = step

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from blip2train.cli.check_model import check_first_weights, check_precision
+from blip2train.data.sharing import batch_per_device, check_readers
 from blip2train.errors import ConfigError
 from blip2train.optim.schedule import check_schedule
 from blip2train.run_dir import RunDir
@@ -24,6 +25,12 @@ MODELS = {
 }
 MAY_CHANGE_ON_RESUME = ("trainer", "callback", "logger", "checkpoint", "paths", "benchmarks", "log_every_steps")
 """Parts of a config that a resumed run may change; everything else decides what is learnt."""
+
+DATA_MAY_CHANGE_ON_RESUME = (
+    *("batch_size", "global_batch_size", "num_workers", "prefetch_factor"),
+    *("cache", "drop_log", "max_dropped_share"),
+)
+"""Parts of `data` that say who reads, and from where; the samples and their order stay the same."""
 
 
 def stage_number(config: DictConfig) -> int:
@@ -55,6 +62,7 @@ def check_train(config: DictConfig) -> None:
     check_first_weights(config, stage_number(config))
     check_precision(config)
     _check_global_batch(config)
+    _check_sharing(config)
     _check_optim(config)
     if config.resume not in ("auto", "never"):
         raise ConfigError(f"resume is {config.resume!r}", where="resume", fix='use "auto" or "never"')
@@ -85,21 +93,44 @@ def _check_stage_and_model(config: DictConfig) -> None:
         )
 
 
-def contrastive_batch(config: DictConfig) -> int | None:
-    """Pairs over all devices in one forward pass, G; None where Lightning decides the number of devices."""
+def num_devices(config: DictConfig) -> int | None:
+    """Devices on all nodes; None where Lightning decides their number."""
     devices, nodes = config.trainer.get("devices", 1), config.trainer.get("num_nodes", 1)
-    if not isinstance(devices, int) or devices < 1:
-        return None
-    return devices * int(nodes) * int(config.data.batch_size)
+    return devices * int(nodes) if isinstance(devices, int) and devices >= 1 else None
+
+
+def device_batch(config: DictConfig) -> int:
+    """Pairs per device in one forward pass.
+
+    Raises:
+        ConfigError: the sizes contradict each other, or a global one is given and no number of devices.
+    """
+    devices, data = num_devices(config), config.data
+    if devices is None and data.get("global_batch_size") is not None:
+        raise ConfigError(
+            f"devices={config.trainer.devices} share a global batch of {data.global_batch_size}",
+            where="trainer.devices, data.global_batch_size",
+            fix="give the number of devices",
+        )
+    return batch_per_device(data.get("batch_size"), data.get("global_batch_size"), devices or 1)
+
+
+def contrastive_batch(config: DictConfig) -> int | None:
+    """Pairs over all devices in one forward pass, G; None where Lightning decides it by the number of devices."""
+    devices, total = num_devices(config), config.data.get("global_batch_size")
+    if devices is None:
+        return int(total) if total is not None else None
+    return devices * device_batch(config)
+
+
+def _check_sharing(config: DictConfig) -> None:
+    devices, data = num_devices(config), config.data
+    if devices is not None and "num_streams" in data:
+        check_readers(data.num_streams, devices, data.num_workers)
 
 
 def _check_global_batch(config: DictConfig) -> None:
-    if config.data.batch_size < 1:
-        raise ConfigError(
-            f"the batch of one device is {config.data.batch_size}",
-            where="data.batch_size",
-            fix="give 1 or more; a preset divides its global batch by devices, nodes and micro-batches",
-        )
+    batch_per_device(config.data.get("batch_size"), config.data.get("global_batch_size"), num_devices(config) or 1)
     contrastive = contrastive_batch(config)
     if contrastive is None:
         log.info("global batch: devices=%s is decided at start", config.trainer.devices)
@@ -111,7 +142,8 @@ def _check_global_batch(config: DictConfig) -> None:
     if config.expected_global_batch and batch != config.expected_global_batch:
         raise ConfigError(
             f"the global batch is {batch}, the experiment expects {config.expected_global_batch}",
-            where="data.batch_size, trainer.devices, trainer.num_nodes, trainer.accumulate_grad_batches",
+            where="data.batch_size (or data.global_batch_size), trainer.devices, trainer.num_nodes, "
+            "trainer.accumulate_grad_batches",
             fix=f"make their product {config.expected_global_batch}, or set expected_global_batch=null to mean it",
         )
 
@@ -168,7 +200,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    ignored = ("run_dir", "resume", "data.num_workers")
+    ignored = ("run_dir", "resume", *(f"data.{name}" for name in DATA_MAY_CHANGE_ON_RESUME))
     # it trades memory for time and changes no value: what a run out of memory may turn on
     memory_only = ".checkpoint_activations"
     keys = (key for key in {**before, **now} if not key.startswith(ignored) and not key.endswith(memory_only))

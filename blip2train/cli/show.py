@@ -87,7 +87,7 @@ def show_batch(config: DictConfig) -> None:
     import torch
 
     torch.manual_seed(config.seed)
-    config.data.num_workers = 0
+    config.data.num_workers, config.data.drop_log = 0, None
     datamodule = build(config.data)
     batch = next(iter(datamodule.train_dataloader()))
     console = Console()

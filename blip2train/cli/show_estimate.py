@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from blip2train.cli.check import stage_number
+from blip2train.cli.check import device_batch, stage_number
 from blip2train.cli.estimate import Estimate, estimate, read_sharing
 from blip2train.errors import ConfigError
 from blip2train.model.memory import GIB
@@ -113,7 +113,7 @@ def steps_and_time(config: DictConfig) -> dict[str, float]:
             number = "whole number" if key == "text_tokens" else "number"
             raise ConfigError(f"{key} is {value!r}", where=key, fix=f"give a {number} above 0, or leave it out")
     micro_batches = int(config.trainer.get("accumulate_grad_batches", 1))
-    global_batch = read_sharing(config).devices * int(config.data.batch_size) * micro_batches
+    global_batch = read_sharing(config).devices * device_batch(config) * micro_batches
     facts: dict[str, float] = {
         "global batch": global_batch,
         "optimizer steps": config.trainer.max_steps,

@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.cli.evaluate import load_run_config
+from blip2train.cli.features import describe_features, with_features
 from blip2train.errors import Blip2TrainError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from blip2train.callback.interrupt import InterruptCallback
     from blip2train.cli.initial_weights import InitialWeights
     from blip2train.stage.common import WeightLoader
 
@@ -62,11 +62,13 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     require_filled(config)
     check.check_train(config)
     adopt_vision_encoder(config)
+    built = with_features(config)
 
     import pytorch_lightning as pl
     import torch
 
     from blip2train.callback.interrupt import InterruptCallback
+    from blip2train.callback.metrics import MetricsCallback
     from blip2train.checkpoint.io import TRAINER_STATE
     from blip2train.cli.initial_weights import InitialWeights
 
@@ -75,13 +77,14 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         torch.set_num_threads(config.num_threads)
     checkpoint = _checkpoint_to_resume(config, run)
     pl.seed_everything(config.seed, verbose=False)
-    datamodule = build(config.data)
+    datamodule = build(built.data)
     tokenizer = datamodule.collator.tokenizer
-    weights = InitialWeights(config, checkpoint, tokenizer.words if check.stage_number(config) == 1 else ())
-    module = build_module(config, weights)
-    start = None if checkpoint else _Start(config, run, weights, tokenizer.vocab_size)
+    weights = InitialWeights(built, checkpoint, tokenizer.words if check.stage_number(config) == 1 else ())
+    module = build_module(built, weights)
+    start = None if checkpoint else _Start(config, built, run, weights, tokenizer.vocab_size)
     interrupt = InterruptCallback(config.log_every_steps)
-    trainer = _build_trainer(config, run, interrupt, start=start, step=_step_of(checkpoint))
+    metrics = MetricsCallback(config.log_every_steps, more=datamodule.progress)
+    trainer = _build_trainer(config, run, [metrics, interrupt], start=start, step=_step_of(checkpoint))
     started = time.perf_counter()
     try:
         trainer.fit(
@@ -94,9 +97,8 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         if start is not None and trainer.is_global_zero and trainer.global_step == 0:
             start.withdraw()
         raise
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"data": datamodule.counters()}  # of all ranks, so every rank is asked
     if trainer.is_global_zero and trainer.global_step > _step_of(checkpoint):  # a finished run keeps its notes
-        notes["data"] = datamodule.counters()
         notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
         _note_outcome(run, trainer, notes, interrupt.signal_name)
     return TrainOutcome(run, trainer.global_step, interrupt.signal_name)
@@ -158,19 +160,17 @@ def _step_of(checkpoint: Path | None) -> int:
 
 
 def _build_trainer(
-    config: DictConfig, run: RunDir, interrupt: InterruptCallback, *, start: _Start | None, step: int
+    config: DictConfig, run: RunDir, callbacks: list[pl.Callback], *, start: _Start | None, step: int
 ) -> pl.Trainer:
     from blip2train.callback.checkpoint import CheckpointCallback
     from blip2train.callback.jsonl_logger import JsonlLogger
-    from blip2train.callback.metrics import MetricsCallback
     from blip2train.callback.progress import ProgressCallback
     from blip2train.callback.provenance import ProvenanceCallback
 
     stage = check.stage_number(config)
     callbacks = [
-        MetricsCallback(config.log_every_steps),
+        *callbacks,
         ProgressCallback(f"stage {stage}"),
-        interrupt,
         *build(config.get("callback") or {}).values(),
         CheckpointCallback(run, metadata={"stage": stage, "name": config.name}, **config.checkpoint),
     ]
@@ -200,16 +200,18 @@ class _Start:
         DataError, ConfigError: shards that do not exist, or that the shipped backbones do not know.
     """
 
-    def __init__(self, config: DictConfig, run: RunDir, weights: InitialWeights, vocab_size: int) -> None:
+    def __init__(
+        self, config: DictConfig, built: DictConfig, run: RunDir, weights: InitialWeights, vocab_size: int
+    ) -> None:
         from blip2train.callback.provenance import describe_run
         from blip2train.data.shards import expand_urls
 
-        shards = [url for dataset in config.data.datasets.values() for url in expand_urls(dataset.urls)]
-        _check_backbones(config, shards)
+        shards = [url for dataset in built.data.datasets.values() for url in expand_urls(dataset.urls)]
+        check_shipped_backbones(built, shards)
         self._run, self._weights = run, weights
         self._config_text = resolved_yaml(config)
         self._facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
-        self._facts |= {"chance_levels": _chance_levels(config, vocab_size)}
+        self._facts |= describe_features(config) | {"chance_levels": _chance_levels(config, vocab_size)}
 
     def write(self) -> None:
         """Make the folder a run: config.yaml, manifest.json, init.json."""
@@ -225,7 +227,7 @@ class _Start:
             path.unlink(missing_ok=True)
 
 
-def _check_backbones(config: DictConfig, shards: list[str]) -> None:
+def check_shipped_backbones(config: DictConfig, shards: list[str]) -> None:
     """The shipped backbones only know the world they were made for."""
     from blip2train.microworld.backbone import ASSETS, check_backbones
     from blip2train.microworld.pack import MANIFEST
@@ -245,7 +247,7 @@ def _chance_levels(config: DictConfig, vocab_size: int) -> dict[str, float]:
         return {"train/lm_loss": chance_level("lm", vocab_size=vocab_size)}
     contrastive_batch = check.contrastive_batch(config)
     return {
-        "train/itc_loss": chance_level("itc", batch_size=contrastive_batch or config.data.batch_size),
+        "train/itc_loss": chance_level("itc", batch_size=contrastive_batch or check.device_batch(config)),
         "train/itm_loss": chance_level("itm"),
         "train/itm_accuracy": 2 / 3,
         "train/itg_loss": chance_level("itg", vocab_size=vocab_size),

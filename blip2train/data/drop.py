@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
-
 from blip2train.errors import DataError
 from blip2train.run_dir import write_json
 
@@ -233,29 +230,3 @@ def _num_dropped(counts: Mapping[str, int]) -> int:
 
 def _share(counts: Mapping[str, int]) -> float:
     return _num_dropped(counts) / max(1, sum(counts.values()))
-
-
-class DropCounter:
-    """Counts of one dataset in memory shared with loader workers; goes with the mixture that uses it."""
-
-    def __init__(self, name: str, max_dropped_share: float = 0.1, counts: Tensor | None = None) -> None:
-        self._ledger = DropLedger([name], max_dropped_share)
-        self._name = name
-        self._counts = (empty_counts() if counts is None else counts).numpy()
-
-    def keep(self) -> None:
-        self._counts[0] += 1
-        self._ledger.add({self._name: 1}, [])
-
-    def drop(self, drop: Drop) -> None:
-        self._counts[1 + DROP_CAUSES.index(drop.cause)] += 1
-        self._ledger.add({self._name: 1}, [drop])
-
-
-def empty_counts(*leading: int) -> Tensor:
-    """Zeros (..., 1 + number of causes) for `DropCounter`."""
-    return torch.zeros(*leading, 1 + len(DROP_CAUSES), dtype=torch.int64)
-
-
-def counts_to_dict(counts: Sequence[int]) -> dict[str, int]:
-    return dict(zip(("used", *DROP_CAUSES), counts, strict=True))

@@ -1,98 +1,107 @@
-"""Undecoded records of one dataset -> decoded samples, with replacements for those that cannot be used.
+"""Draws of one dataset -> decoded samples, with replacements for records that cannot be used.
 
-Implements the rule that keeps positions independent of what is broken: a dropped record is replaced by one of the next
-usable ones, which is seen again in its own turn. Randomness is keyed by (seed, dataset, stream epoch, key): LAVIS draws
-from the worker's global generators, so that a sample's augmentation depends on who read it and what was read before.
+Implements the rule that keeps the order independent of what is broken: a dropped record gives its place to another one
+that the draw alone decides, and is counted in its own turn alone. Randomness is keyed by (seed, dataset, epoch, key):
+LAVIS draws from the worker's global generators, so that a sample's augmentation depends on who read it and what was
+read before.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from blip2train.batch import Sample
-from blip2train.data.drop import Drop, DropCounter
+from blip2train.data.drop import Drop
 from blip2train.data.image_transform import Transform
+from blip2train.data.order import DatasetOrder, Place
 from blip2train.data.sample import to_sample
-from blip2train.data.shards import RawRecord
+from blip2train.data.shards import ShardReader
 from blip2train.errors import DataError
 
-_MAX_LOOKAHEAD = 1000
+_MAX_ATTEMPTS = 1000
 
 
-class RecordReader:
-    """Takes records of one dataset in order, and can look ahead for replacements.
+class SampleReader:
+    """Reads the samples of one dataset in one process.
 
     Args:
-        records: (stream epoch, record), endless.
+        reader: of the dataset's shards.
+        order: of the dataset's records.
         name: of the dataset.
         transform: training augmentation.
         seed: of the run.
-        counter: counts each record in its own turn.
+        fetch_ahead: let the shards come that a stream needs next; for remote ones.
     """
 
     def __init__(
         self,
-        records: Iterator[tuple[int, RawRecord]],
+        reader: ShardReader,
+        order: DatasetOrder,
         *,
         name: str,
         transform: Transform,
         seed: int,
-        counter: DropCounter,
+        fetch_ahead: bool = False,
     ) -> None:
-        self._records = records
-        self._ahead: deque[tuple[int, RawRecord]] = deque()
-        self._num_looked = 0
-        self._name = name
-        self._transform = transform
-        self._seed = seed
-        self._counter = counter
+        self._reader, self._order = reader, order
+        self._name, self._transform, self._seed = name, transform, seed
+        self._fetch_ahead = fetch_ahead
+        self._fetched_to: dict[int, int] = {}
 
-    def take(self) -> tuple[int, RawRecord]:
-        """The next (stream epoch, record), consumed."""
-        return self._ahead.popleft() if self._ahead else next(self._records)
+    def sample(self, stream: int, draw: int) -> tuple[Sample, Drop | None]:
+        """The sample of a draw, and what was dropped if it had to be replaced.
 
-    def decode(self, epoch: int, record: RawRecord) -> Sample | None:
-        """The sample of a taken record; None, counted and logged, if it cannot be used."""
-        sample = self._to_sample(epoch, record)
-        if isinstance(sample, Drop):
-            self._counter.drop(sample)
-            return None
-        self._counter.keep()
-        return sample
+        Args:
+            stream: logical stream.
+            draw: number of the draw from this dataset in its stream.
 
-    def rewind_lookahead(self) -> None:
-        """Look for replacements from the first record after the batch again."""
-        self._num_looked = 0
-
-    def replacement(self) -> Sample:
-        """The next usable record after the batch; it is not consumed, and not counted before its own turn."""
-        record: RawRecord = {}
-        for _ in range(_MAX_LOOKAHEAD):
-            if self._num_looked == len(self._ahead):
-                self._ahead.append(next(self._records))
-            epoch, record = self._ahead[self._num_looked]
-            self._num_looked += 1
-            sample = self._to_sample(epoch, record)
-            if not isinstance(sample, Drop):
-                return sample
+        Raises:
+            DataError: none of many replacements can be used, or a remote shard cannot be fetched.
+        """
+        if self._fetch_ahead and draw >= self._fetched_to.get(stream, 0):
+            self._fetch(stream, draw)
+        place = self._order.record(stream, draw)
+        found = self._read(place)
+        if isinstance(found, Sample):
+            return found, None
+        tried = {place}
+        for attempt in range(_MAX_ATTEMPTS):
+            place = self._order.replacement(stream, draw, attempt)
+            if place in tried:
+                continue
+            tried.add(place)
+            other = self._read(place)
+            if isinstance(other, Sample):
+                return other, found
         raise DataError(
-            f"{_MAX_LOOKAHEAD} records in a row of dataset {self._name} cannot be used",
-            where=f"{record['__url__']} key {record['__key__']}",
-            fix="the log names the first causes; repair or repack the dataset",
+            f"none of {len(tried)} records of dataset {self._name} can be used; the first is dropped as {found.cause}: "
+            f"{found.detail}",
+            where=f"{found.url} key {found.key}",
+            fix="`blip2train data check` names every defect; repair or repack the dataset",
         )
 
-    def _to_sample(self, epoch: int, record: RawRecord) -> Sample | Drop:
-        generator = keyed_generator(f"{self._seed}/{self._name}/sample/{epoch}/{record['__key__']}")
-        return to_sample(record, self._name, self._transform, generator, epoch)
+    def _read(self, place: Place) -> Sample | Drop:
+        record = self._reader.record(place.shard, place.index)
+        generator = keyed_generator(f"{self._seed}/{self._name}/sample/{place.epoch}/{record['__key__']}")
+        return to_sample(record, self._name, self._transform, generator, place.epoch)
+
+    def _fetch(self, stream: int, draw: int) -> None:
+        """On entering a window, ask for its shards and those of the next one."""
+        end = self._order.window_end(stream, draw)
+        self._fetched_to[stream] = end
+        wanted = self._order.shards_of_window(stream, draw) + self._order.shards_of_window(stream, end)
+        self._reader.prefetch(dict.fromkeys(wanted))
+
+
+def with_sample_number(drop: Drop, number: int) -> Drop:
+    """A drop that says which sample of the run it would have been."""
+    return replace(drop, sample=number)
 
 
 def keyed_generator(key: str) -> torch.Generator:
     """A generator that depends on nothing but the key."""
     # torch seeds its CPU generator with 32 bits
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:4], "big")
-    )
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"))

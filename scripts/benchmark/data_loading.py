@@ -8,16 +8,15 @@ Prints samples per second: of wall time for the loader, of CPU time for the sing
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 
 import torch
 
 from blip2train.batch import ImageSpec, Sample, Stage1Batch
 from blip2train.data.datamodule import BlipDataModule
 from blip2train.data.image_transform import EvalTransform, TrainTransform, decode_image
-from blip2train.data.mixture import Dataset
-from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, open_shards
-from blip2train.data.stream import SampleStream
+from blip2train.data.mixture import Dataset, Mixture
+from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, ShardReader
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    records = [record for _, record in islice(stream(arguments.urls), arguments.samples)]
+    records = list(islice(stream(arguments.urls), arguments.samples))
     num_bytes = sum(len(encoded(record)) for record in records)
     print(f"{len(records)} records, {num_bytes / len(records) / 1000:.1f} KB per image")
     images = [decode_image(encoded(record)) for record in records]
@@ -46,8 +45,13 @@ def main() -> None:
         measure_loader(data, arguments.samples)
 
 
-def stream(urls: list[str]) -> Iterator[tuple[int, RawRecord]]:
-    return SampleStream(open_shards(urls), name="benchmark", seed=0).records()
+def stream(urls: list[str]) -> Iterator[RawRecord]:
+    """Records in training order."""
+    mixture = Mixture([Dataset("benchmark", urls, EvalTransform(ImageSpec(64, (0.5,) * 3, (0.5,) * 3)))], seed=0)
+    reader = ShardReader(mixture.shards[0])
+    for number in count():
+        place = mixture.orders[0].record(number % mixture.num_streams, number // mixture.num_streams)
+        yield reader.record(place.shard, place.index)
 
 
 def encoded(record: RawRecord) -> bytes:
@@ -67,13 +71,13 @@ def to_batch(samples: list[Sample]) -> Stage1Batch:
 
 def report(name: str, run: Callable[[], Iterable[object]]) -> None:
     start = time.process_time()
-    count = sum(1 for _ in run())
-    print(f"{name:>16}  {count / (time.process_time() - start):>8.0f} per CPU second")
+    number = sum(1 for _ in run())
+    print(f"{name:>16}  {number / (time.process_time() - start):>8.0f} per CPU second")
 
 
 def measure_loader(data: BlipDataModule, num_samples: int) -> None:
     iterator = iter(data.train_dataloader())
-    next(iterator)  # start of the workers, first fill of the shuffle buffer
+    next(iterator)  # start of the workers
     start = time.perf_counter()
     num_batches = max(1, num_samples // data.batch_size)
     for _ in range(num_batches):

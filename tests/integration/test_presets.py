@@ -26,7 +26,7 @@ from blip2train.run_dir import RunDir
 SMALL = {
     "trainer": "cpu", "trainer.devices": 1, "trainer.precision": "bf16-mixed", "trainer.max_steps": 2,
     "optim.warmup_steps": 1, "data.batch_size": 6, "expected_global_batch": 6, "data.num_workers": 0,
-    "data.shuffle_buffer": 32, "model/vision_encoder": "tiny", "model/qformer": "tiny",
+    "data.shuffle_window": 32, "model/vision_encoder": "tiny", "model/qformer": "tiny",
     "data/tokenizer": "microworld", "log_every_steps": 1, "checkpoint.every_steps": 0, "num_threads": 1,
 }  # fmt: skip
 WORDS = 67  # of the micro-world's language model tokenizers

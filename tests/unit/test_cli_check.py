@@ -41,7 +41,7 @@ def test_global_batch_must_be_the_one_the_experiment_expects() -> None:
 
 @pytest.mark.parametrize("override", ["data.batch_size=0", "trainer.accumulate_grad_batches=2000"])
 def test_a_device_without_a_pair_is_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match="the batch of one device is 0"):
+    with pytest.raises(ConfigError, match="batch_size=0, global_batch_size=None"):
         check.check_train(composed("experiment=paper/stage1_vitg", "expected_global_batch=null", override))
 
 

@@ -1,148 +1,183 @@
-"""The stream is exhaustive, disjoint, repeatable, and skipping equals reading: all against naive loops."""
+"""The samples of a run are the same sequence whoever reads them; broken records move no other one."""
 
+import random
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from random import Random
+from typing import Any
 
+import numpy as np
 import pytest
-from shard_factory import write_shards
+import torch
+from shard_factory import plain, write_shards
 
-from blip2train.data.shards import RawRecord, Shard, open_shards
-from blip2train.data.stream import SampleStream, buffered_shuffle, skip_in_shuffle, split_into_units
-from blip2train.errors import DataError
+from blip2train.batch import Sample
+from blip2train.data.drop import Drop
+from blip2train.data.mixture import Dataset, Mixture
+from blip2train.data.sharing import Shape
+from blip2train.data.stream import Part, PartStream
+from blip2train.errors import ConfigError, DataError
 
-SIZES = {"a": 7, "b": 4, "c": 9}
-
-
-def stream(
-    sizes: dict[str, int] = SIZES, *, counted: bool = True, opened: list[str] | None = None, **options: int
-) -> SampleStream:
-    """A stream over shards that exist only here."""
-
-    def read(url: str) -> Iterator[RawRecord]:
-        if opened is not None:
-            opened.append(url)
-        for number in range(sizes[url]):
-            yield {"__key__": f"{url}{number}", "__url__": url}
-
-    shards = [Shard(url, size if counted else None) for url, size in sizes.items()]
-    settings = {"seed": 0, "shuffle_buffer": 5} | options
-    return SampleStream(shards, name="set", read=read, **settings)
+Rows = list[tuple[str, str, str, int]]
 
 
-def keys(made: SampleStream, count: int, start: int = 0) -> list[tuple[int, str]]:
-    return [(epoch, record["__key__"]) for epoch, record in islice(made.records(start), count)]
+def rows(samples: list[Sample]) -> Rows:
+    """Everything that is drawn for a sample: who, which caption, what the augmentation got."""
+    return [(sample.dataset, sample.key, sample.caption, int(sample.image[0, 0, 0])) for sample in samples]
 
 
-EVERYTHING = {f"{url}{number}" for url, size in SIZES.items() for number in range(size)}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shards")
+    write_shards(path / "big", [9, 6, 9], name="b")
+    write_shards(path / "small", [5, 5], name="s", broken={3: b"broken"})
+    write_shards(path / "whole", [10, 10])
+    write_shards(path / "broken", [10, 10], broken={3: b"broken", 4: b"", 15: b"also broken"})
+    return path
 
 
-@pytest.mark.parametrize("buffer", [1, 3, 20, 1000])
-def test_every_record_appears_once_per_epoch(buffer: int) -> None:
-    found = keys(stream(shuffle_buffer=buffer), 60)
-    for epoch in range(3):
-        part = found[20 * epoch : 20 * (epoch + 1)]
-        assert {number for number, _ in part} == {epoch}
-        assert {key for _, key in part} == EVERYTHING
-    assert [key for _, key in found[:20]] != [key for _, key in found[20:40]]
+def mixture(folder: Path, *names: str, **options: Any) -> Mixture:
+    made = [Dataset(name, str(folder / name), plain, 1.0 + 2 * (name == "big")) for name in names or ("big", "small")]
+    return Mixture(made, **({"seed": 7, "num_streams": 12, "shuffle_window": 4} | options))
 
 
-@pytest.mark.parametrize("num_streams", [1, 2, 3, 4, 7, 20])
-def test_streams_share_an_epoch_without_overlap(num_streams: int) -> None:
-    for epoch in range(2):
-        taken: Counter[str] = Counter()
-        for index in range(num_streams):
-            for number, key in keys(stream(stream=index, num_streams=num_streams), 60):
-                taken[key] += number == epoch
-        assert taken == Counter(dict.fromkeys(EVERYTHING, 1))
+class _Worker:
+    """Stands for a DataLoader worker in this process."""
+
+    def __init__(self, number: int, count: int) -> None:
+        self.id, self.num_workers = number, count
 
 
-@pytest.mark.parametrize("buffer", [1, 5, 100])
-@pytest.mark.parametrize(("index", "num_streams"), [(0, 1), (1, 2), (4, 7)])
-@pytest.mark.parametrize("counted", [True, False])
-def test_starting_anywhere_equals_reading_up_to_there(buffer: int, index: int, num_streams: int, counted: bool) -> None:
-    made = stream(counted=counted, stream=index, num_streams=num_streams, shuffle_buffer=buffer)
-    whole = keys(made, 80)
-    for start in range(66):
-        assert keys(made, 14, start) == whole[start : start + 14]
+def parts(
+    monkeypatch: pytest.MonkeyPatch, made: Mixture, worker: int, shape: Shape, count: int, first_sample: int = 0
+) -> list[Part[Rows]]:
+    info = _Worker(worker, shape.num_workers) if shape.num_workers > 1 else None
+    with monkeypatch.context() as patch:
+        patch.setattr("blip2train.data.stream.get_worker_info", lambda: info)
+        return list(islice(PartStream(made, rows, shape, first_sample), count))
 
 
-def test_known_counts_change_the_speed_and_not_the_order() -> None:
-    for index in range(3):
-        options = {"stream": index, "num_streams": 3}
-        assert keys(stream(counted=True, **options), 70) == keys(stream(counted=False, **options), 70)
+def sequence(
+    monkeypatch: pytest.MonkeyPatch, made: Mixture, ranks: int, workers: int, size: int, first: int = 0, count: int = 12
+) -> Rows:
+    """The global sequence of samples: batches put together from parts, ranks interleaved row by row."""
+    by_rank = []
+    for rank in range(ranks):
+        shape = Shape(rank, ranks, workers, size)
+        own = [parts(monkeypatch, made, worker, shape, count, first) for worker in range(workers)]
+        batches: Rows = []
+        for brought in zip(*own, strict=True):
+            batch: list[Any] = [None] * size
+            for part in brought:
+                if part.rows is not None:
+                    batch[part.first :: workers] = part.rows
+            assert None not in batch
+            batches += batch
+        by_rank.append(batches)
+    return [row for together in zip(*by_rank, strict=True) for row in together]
 
 
-def test_skipped_shards_are_not_opened() -> None:
-    opened: list[str] = []
-    sizes = {f"s{number}": 10 for number in range(10)}
-    made = stream(sizes, opened=opened, shuffle_buffer=10)
-    keys(made, 1, start=100 * 1000 + 85)
-    assert len(opened) <= 3
+@pytest.mark.parametrize(
+    ("ranks", "workers", "size"), [(1, 4, 8), (2, 2, 4), (2, 1, 3), (3, 2, 5), (1, 12, 4), (4, 3, 2)]
+)
+def test_ranks_workers_and_batch_size_leave_the_sequence_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, workers: int, size: int
+) -> None:
+    made = mixture(folder)
+    expected = sequence(monkeypatch, made, 1, 1, 8)
+    found = sequence(monkeypatch, made, ranks, workers, size)
+    both = min(len(found), len(expected))
+    assert both >= 48 and found[:both] == expected[:both]
 
 
-def test_seed_dataset_and_epoch_all_change_the_order() -> None:
-    shards = [Shard("a", 50)]
-
-    def order(name: str, seed: int) -> list[str]:
-        read = lambda url: ({"__key__": str(number), "__url__": url} for number in range(50))  # noqa: E731
-        made = SampleStream(shards, name=name, seed=seed, shuffle_buffer=50, read=read)
-        return [record["__key__"] for _, record in islice(made.records(), 50)]
-
-    assert len({tuple(order(*key)) for key in (("x", 0), ("x", 1), ("y", 0))}) == 3
-    assert order("x", 0) == order("x", 0)
+def test_any_sample_may_be_the_first_in_any_shape(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mixture(folder)
+    expected = sequence(monkeypatch, made, 1, 1, 12, count=20)
+    for first in (0, 2, 12, 26, 100):
+        for ranks, workers, size in ((1, 1, 5), (2, 3, 4), (1, 4, 3)):
+            found = sequence(monkeypatch, made, ranks, workers, size, first, count=6)
+            assert found == expected[first : first + len(found)]
 
 
-@pytest.mark.parametrize("claimed", [6, 8])
-def test_a_shard_that_disagrees_with_its_index_is_a_data_error(claimed: int) -> None:
-    made = SampleStream(
-        [Shard("a", claimed)], name="set", seed=0, read=lambda url: iter([{"__key__": str(n)} for n in range(7)])
-    )
-    with pytest.raises(DataError, match=r"a of dataset set"):
-        keys(made, 20)
+def test_one_dataset_is_gone_through_once_before_anything_comes_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = sequence(monkeypatch, mixture(folder, "big"), 2, 2, 4, count=12)
+    for start in (0, 24, 48, 72):
+        assert len({key for _, key, _, _ in found[start : start + 24]}) == 24
 
 
-def test_a_stream_that_never_finds_a_record_stops() -> None:
-    for counted in (True, False):
-        with pytest.raises(DataError, match="no records for stream 0 of 1"):
-            keys(stream({"a": 0}, counted=counted), 1)
+def test_augmentation_and_caption_change_from_epoch_to_epoch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sequence(monkeypatch, mixture(folder, "big"), 1, 1, 8)
+    assert set(Counter(key for _, key, _, _ in found).values()) == {4}  # 24 records, 96 samples
+    assert len(set(found)) > 90
+    assert len({(key, caption) for _, key, caption, _ in found}) > 40
 
 
-def test_real_shards_stream_the_same_with_and_without_index(tmp_path: Path) -> None:
-    orders = []
-    for index in (True, False):
-        folder = tmp_path / str(index)
-        write_shards(folder, [3, 2, 4], index=index)
-        made = SampleStream(open_shards(str(folder)), name="set", seed=1, shuffle_buffer=4)
-        orders.append(keys(made, 18, 5))
-    assert orders[0] == orders[1]
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_broken_record_is_replaced_and_moves_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    bad = {"r000003", "r000004", "r000015"}
+    whole_set, broken_set = ([Dataset("x", str(folder / name), plain)] for name in ("whole", "broken"))
+    settings = {"seed": 7, "num_streams": 12, "shuffle_window": 4}
+    whole = sequence(monkeypatch, Mixture(whole_set, **settings), 1, 1, 4, count=20)
+    found = sequence(monkeypatch, Mixture(broken_set, **settings), 1, workers, 4, count=20)
+    assert {key for _, key, _, _ in found}.isdisjoint(bad)
+    places = [place for place, row in enumerate(whole) if row[1] in bad]
+    assert len(places) == 12  # 3 in each of 4 epochs
+    untouched = [place for place in range(80) if place not in places]
+    assert [found[place][1] for place in untouched] == [whole[place][1] for place in untouched]
+    assert found == sequence(monkeypatch, Mixture(broken_set, **settings), 2, 2, 5, count=8)
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 8])
-@pytest.mark.parametrize("size", [1, 2, 8, 50])
-def test_skipping_in_the_shuffle_equals_drawing(length: int, size: int) -> None:
-    expected = list(buffered_shuffle(range(length), size, Random(3)))
-    assert sorted(expected) == list(range(length))
-    for skip in range(length + 1):
-        rng = Random(3)
-        held, position, drained = skip_in_shuffle(length, size, skip, rng)
-        rest = held if drained else list(buffered_shuffle(range(position, length), size, rng, held))
-        assert rest == expected[skip:]
-        assert len(held) <= size
+def test_each_part_says_what_it_drew_and_dropped_in_its_own_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = mixture(folder)
+    drawn: Counter[str] = Counter()
+    drops: list[Drop] = []
+    for worker in range(2):
+        for part in parts(monkeypatch, made, worker, Shape(0, 1, 2, 7), 30):
+            drawn.update(part.drawn)
+            drops += part.drops
+    order = sequence(monkeypatch, made, 1, 1, 7, count=30)
+    assert drawn == Counter(name for name, *_ in order) and sum(drawn.values()) == 210
+    assert {(drop.dataset, drop.key, drop.cause) for drop in drops} == {("small", "s000003", "corrupt_image")}
+    places = [made.orders[1].record(draw.stream, draw.number) for draw in draws_of(made, "small", 210)]
+    assert len(drops) == sum((place.shard, place.index) == (0, 3) for place in places) > 0
+    assert all(drop.sample is not None and order[drop.sample][0] == "small" for drop in drops)
 
 
-def test_a_large_buffer_shuffles_evenly() -> None:
-    """Each of 6 items comes first in about a sixth of 3000 shuffles."""
-    first = Counter(next(buffered_shuffle(range(6), 6, Random(seed))) for seed in range(3000))
-    assert all(abs(first[item] - 500) < 100 for item in range(6))
+def draws_of(made: Mixture, name: str, count: int) -> list[Any]:
+    streams = [made.draws(stream, 0) for stream in range(made.num_streams)]
+    draws = [next(streams[number % made.num_streams]) for number in range(count)]
+    return [draw for draw in draws if made.datasets[draw.dataset].name == name]
 
 
-def test_units_are_whole_shards_or_equal_parts() -> None:
-    shards = [Shard("a", 7), Shard("b", None)]
-    assert [(unit.url, unit.part, unit.parts) for unit in split_into_units(shards, 2)] == [("a", 0, 1), ("b", 0, 1)]
-    parts = split_into_units(shards, 5)
-    assert [(unit.url, unit.part, unit.num_records) for unit in parts] == [
-        ("a", 0, 3), ("a", 1, 2), ("a", 2, 2), ("b", 0, None), ("b", 1, None), ("b", 2, None),
-    ]  # fmt: skip
+def test_global_generators_are_not_touched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    sequence(monkeypatch, mixture(folder), 1, 1, 4)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert (np.random.get_state()[1] == before[2]).all()
+
+
+def test_nothing_usable_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "all", [3], broken=dict.fromkeys(range(3), b"x"))
+    with pytest.raises(DataError, match="none of 3 records of dataset all can be used; the first is dropped"):
+        sequence(monkeypatch, mixture(tmp_path, "all"), 1, 1, 1)
+
+
+def test_a_cut_shard_loses_its_last_records_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_shards(tmp_path / "cut", [8, 8])
+    paths[1].write_bytes(paths[1].read_bytes()[: paths[1].stat().st_size // 3])
+    made = mixture(tmp_path, "cut")
+    found = parts(monkeypatch, made, 0, Shape(0, 1, 1, 16), 1)[0]
+    assert found.rows is not None and len(found.rows) == 16
+    causes = Counter(drop.cause for drop in found.drops)
+    assert set(causes) == {"truncated_shard"} and 4 <= causes["truncated_shard"] <= 7
+    assert all(drop.url == str(paths[1]) for drop in found.drops)
+
+
+def test_readers_that_cannot_share_the_streams_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="12 streams cannot be shared evenly by 2 ranks x 4 workers"):
+        PartStream(mixture(folder), rows, Shape(0, 2, 4, 8), 0)
