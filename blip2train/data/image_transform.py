@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as decode_bytes
@@ -63,7 +64,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     except ImageTooLargeError:
         raise
     except Exception as error:  # broken bytes make PIL raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no known format" if unknown else (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"image bytes that do not decode ({len(data)} bytes: {reason})",
             where="decode_image",

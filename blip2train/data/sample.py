@@ -103,15 +103,17 @@ class RecordText:
 
     Args:
         captions: those that training draws from.
-        refused: (cause, detail) of those that it does not.
+        refused: what is wrong with the others.
         questions: as benchmarks see them.
+        bad_questions: what is wrong with them, for which a benchmark drops the record and training does not.
         image_id: see `batch.to_image_id`.
         extra: the remaining JSON.
     """
 
     captions: tuple[str, ...]
-    refused: tuple[tuple[DropCause, str], ...]
+    refused: tuple[str, ...]
     questions: tuple[Question, ...]
+    bad_questions: str
     image_id: int
     extra: Mapping[str, Any]
 
@@ -124,13 +126,19 @@ def read_text(record: RawRecord, dataset: str) -> RecordText | Drop:
         usable, refused = _judge_captions(fields)
         if refused and not usable:
             raise refused[0]
-        questions = _questions(fields, key)
     except _UnusableError as error:
         return _drop(record, dataset, error)
+    questions: tuple[Question, ...] = ()
+    bad_questions = ""
+    try:
+        questions = _questions(fields, key)
+    except _UnusableError as error:
+        bad_questions = error.detail
     return RecordText(
         captions=tuple(usable),
-        refused=tuple((error.cause, error.detail) for error in refused),
+        refused=tuple(error.detail for error in refused),
         questions=questions,
+        bad_questions=bad_questions,
         image_id=_image_id(fields, key),
         extra={name: value for name, value in fields.items() if name not in _KNOWN_FIELDS},
     )
@@ -304,7 +312,7 @@ def _read_tokens(record: RawRecord, stored: StoredTokens) -> Tensor:
 
 def _questions(fields: Mapping[str, Any], key: str) -> tuple[Question, ...]:
     try:
-        questions = tuple(_question(row, f"{key}/{index}") for index, row in enumerate(fields.get("questions", ())))
+        questions = tuple(_question(row, f"{key}/{index}") for index, row in enumerate(fields.get("questions") or ()))
     except (KeyError, TypeError, AttributeError) as error:
         raise _UnusableError("bad_json", f"a question without {error}") from error
     for question in questions:

@@ -45,7 +45,7 @@ def test_a_single_caption_and_a_plain_txt_count_as_captions(made: dict[str, Any]
     assert sample.image_id == to_image_id("k1")
 
 
-@pytest.mark.parametrize("image_id", [285, "285", -1, 10**25, "flickr/1.jpg", 1.5, None])
+@pytest.mark.parametrize("image_id", [285, "285", -1, 10**25, "flickr/1.jpg", 1.5, None, "\ud800"])
 def test_any_image_id_becomes_a_stable_int64(image_id: object) -> None:
     made = record({"captions": ["a dog"], "image_id": image_id}, png=IMAGE)
     first, second = draw(made), draw(made, 1)
@@ -74,6 +74,18 @@ def test_captions_are_drawn_evenly_from_the_non_empty_ones() -> None:
         (record({"image_id": 1}, png=IMAGE), "no_caption"),
         (record(None, png=IMAGE), "no_caption"),
         (record({"captions": 3}, png=IMAGE), "bad_json"),
+        (record({"captions": [3, ["a dog"]]}, png=IMAGE), "bad_json"),
+        (record(b'{"captions": ' + b"[" * 100_000 + b"}", png=IMAGE), "bad_json"),
+        (record(b'{"captions": ["caf\xe9"]}', png=IMAGE), "bad_text"),
+        (record(b'{"captions": ["\\ud800 dog"]}', png=IMAGE), "bad_text"),
+        (record({"captions": ["a\0dog"]}, png=IMAGE), "bad_text"),
+        (record(txt=b"caf\xe9", png=IMAGE), "bad_text"),
+        (record({"captions": None}, png=IMAGE), "no_caption"),
+        (record({"captions": []}, png=IMAGE), "no_caption"),
+        (record(b'{"caption": NaN}', png=IMAGE), "no_caption"),
+        (record({"caption": "\u200b\u00a0"}, png=IMAGE), "empty_caption"),
+        (record({"captions": ["a dog"]}, __broken__=("truncated_shard", "cut off")), "truncated_shard"),
+        (record({"captions": ["a dog"]}, __broken__=("duplicate_key", "again")), "duplicate_key"),
         (record({"captions": ["", " ... "]}, png=IMAGE), "empty_caption"),
         (record(txt=b"\n", png=IMAGE), "empty_caption"),
     ],
@@ -84,6 +96,41 @@ def test_what_cannot_be_used_is_dropped_with_its_cause(made: dict[str, Any], cau
     assert dropped.cause == cause
     assert dropped.detail
     assert (dropped.dataset, dropped.url, dropped.key) == ("set", "x.tar", "k1")
+
+
+def test_one_good_caption_is_enough_and_the_bad_ones_are_never_drawn() -> None:
+    made = record(b'{"captions": ["", "\\ud800", 7, null, "a dog", "nul\\u0000"]}', png=IMAGE)
+    drawn = {sample.caption for sample in (draw(made, seed) for seed in range(50)) if isinstance(sample, Sample)}
+    assert drawn == {"a dog"}
+
+
+def test_pandas_missing_value_beside_a_txt_leaves_the_txt() -> None:
+    sample = draw(record(b'{"caption": NaN}', txt=b"\xef\xbb\xbfa dog", png=IMAGE))
+    assert isinstance(sample, Sample) and sample.caption == "a dog"
+
+
+def test_an_endless_caption_is_cut_before_anything_reads_it() -> None:
+    sample = draw(record({"captions": ["a dog and " * 100_000]}, png=IMAGE))
+    assert isinstance(sample, Sample) and len(sample.caption) == 10_000
+
+
+def test_an_image_above_the_pixel_limit_has_a_cause_of_its_own() -> None:
+    made = record({"captions": ["a dog"]}, png=IMAGE)
+    transform, generator = (lambda image, _: image), torch.Generator()
+    assert isinstance(to_sample(made, "set", transform, generator, max_pixels=120), Sample)
+    dropped = to_sample(made, "set", transform, generator, max_pixels=119)
+    assert isinstance(dropped, Drop) and dropped.cause == "image_too_large"
+
+
+def test_a_sample_knows_its_epoch() -> None:
+    made = record({"captions": ["a dog"]}, png=IMAGE)
+    sample = to_sample(made, "set", lambda image, _: image, torch.Generator(), epoch=3)
+    assert isinstance(sample, Sample) and sample.epoch == 3
+
+
+def test_null_for_questions_means_none() -> None:
+    item = to_eval_item(record({"questions": None}, png=IMAGE), "set", plain)
+    assert not isinstance(item, Drop) and item.questions == ()
 
 
 def test_an_eval_item_keeps_captions_questions_and_the_rest() -> None:
