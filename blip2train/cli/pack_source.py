@@ -175,8 +175,10 @@ def _vqa(kind: str) -> Callable[[Given], Source]:
 
 def _gqa(given: Given) -> Source:
     from blip2train.data.source.gqa import GqaSource
+    from blip2train.data.source.visual_genome import VISUAL_GENOME_ID
 
-    return _lavis(given, "gqa", subfolders=("images",)) or GqaSource(given.input, given.annotations)
+    lavis = _lavis(given, "gqa", subfolders=("images",), id_prefix=VISUAL_GENOME_ID)
+    return lavis or GqaSource(given.input, given.annotations)
 
 
 def _sbu(given: Given) -> Source:

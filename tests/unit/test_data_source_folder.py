@@ -238,6 +238,28 @@ def test_folders_try_every_place_and_names_give_ids(tmp_path: Path) -> None:
     assert [first_image_id(stem) for stem in stems] == [42, 42, *stems[2:]]
 
 
+def test_a_missing_image_is_not_replaced_by_one_of_the_same_name_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"another image")
+    folders = Folders(tmp_path, ("val2014",))
+    assert folders.candidates("a/1.jpg") == (tmp_path / "a" / "1.jpg",)
+    assert folders.candidates("val2014/1.jpg") == (tmp_path / "val2014" / "1.jpg", tmp_path / "1.jpg")
+    assert (folders.key("a/1.jpg"), folders.key("b/1.jpg"), folders.key("val2014/1.jpg")) == ("a/1", "b/1", "1")
+    foreign = Folders(tmp_path, foreign=True)
+    assert tmp_path / "a" / "1.jpg" in foreign.candidates("/export/a/1.jpg") and foreign.key("/export/a/1.jpg") == "a/1"
+    assert tmp_path / "a" / "1.jpg" not in folders.candidates("/export/a/1.jpg")
+
+
+def test_linked_folders_are_read_once_even_in_circles(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "9.jpg").write_bytes(b"nine")
+    (tmp_path / "disk" / "9.txt").write_text("nine")
+    (images / "link").symlink_to(tmp_path / "disk")
+    (images / "a" / "up").symlink_to(images)
+    source = TextBesideSource(images)
+    assert records(source) == [("link/9", {"captions": ["nine"]}, b"nine")]
+    assert dict(source.skipped.counts) == {"image_without_caption": 3}
+
+
 def test_a_web_sized_table_is_not_held(tmp_path: Path) -> None:
     def read(skipped: Skipped) -> Iterator[Entry]:
         for number in range(50_000):

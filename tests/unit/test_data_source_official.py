@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from blip2train.batch import to_image_id
+from blip2train.data.pack import pack
+from blip2train.data.sample import read_eval_items
 from blip2train.data.source.base import Row, Source, load
-from blip2train.data.source.coco import NOCAPS_FOLDERS, CocoSource
+from blip2train.data.source.coco import COCO_FOLDERS, NOCAPS_FOLDERS, CocoSource
 from blip2train.data.source.flickr30k import Flickr30kTokenSource
 from blip2train.data.source.gqa import GqaSource
-from blip2train.data.source.karpathy import KarpathySource
+from blip2train.data.source.karpathy import FLICKR_FOLDERS, KarpathySource
 from blip2train.data.source.lavis import LavisSource, is_lavis_list
 from blip2train.data.source.sbu import SbuSource
 from blip2train.data.source.visual_genome import VISUAL_GENOME_FOLDERS, VISUAL_GENOME_ID, VisualGenomeSource
@@ -153,7 +155,9 @@ def test_flickr30k_has_one_id_per_photograph_in_all_its_files(tmp_path: Path) ->
     token.write_bytes(b"1000092795.jpg#0\tTwo guys .\n1000092795.jpg#1\tThree\ttabs .\nno caption\n1.jpg#0\t\xff\n")
     official = Flickr30kTokenSource(images, token)
     rows = [{"image": "flickr30k-images/1000092795.jpg", "caption": ["one", "two"]}]
-    lavis = LavisSource(images, save(tmp_path / "flickr30k_test.json", rows), kind="flickr30k")
+    lavis = LavisSource(
+        images, save(tmp_path / "flickr30k_test.json", rows), kind="flickr30k", subfolders=FLICKR_FOLDERS
+    )
     found = [read(source) for source in (karpathy, official, lavis)]
     assert [row[0][0] for row in found] == ["1000092795"] * 3
     assert [row[0][1]["image_id"] for row in found] == [1000092795] * 3
@@ -172,7 +176,9 @@ def test_the_lists_of_blip_join_the_captions_of_an_image(tmp_path: Path) -> None
         {"caption": "A cake.", "image": "val2014/COCO_val2014_000000522418.jpg", "image_id": "coco_1"},
         {"caption": "nameless"},
     ]
-    source = LavisSource(images, save(tmp_path / "coco_karpathy_train.json", rows), kind="coco")
+    source = LavisSource(
+        images, save(tmp_path / "coco_karpathy_train.json", rows), kind="coco", subfolders=COCO_FOLDERS
+    )
     first, second = read(source)
     assert first[:2] == (
         "COCO_val2014_000000522418",
@@ -328,6 +334,21 @@ def test_the_vqa_test_set_has_no_answers_and_other_splits_need_theirs(tmp_path: 
         VqaSource(images, [path, annotations])
 
 
+def test_vqa_answers_may_lack_their_numbers_and_a_broken_question_is_named(tmp_path: Path) -> None:
+    images = put(tmp_path, "val2014/COCO_val2014_000000262148.jpg")
+    questions, annotations = vqa_files(tmp_path, "v2_")
+    content = json.loads(annotations.read_text())
+    for row in content["annotations"]:
+        row["answers"] = [{"answer": "down", "answer_confidence": "yes"}] * 10
+        del row["answer_type"], row["question_type"]
+    question = read(VqaSource(images, [questions, save(annotations, content)]))[0][1]["questions"][0]
+    assert question == {"question_id": "262148000", "question": "Where? 0", "answers": ["down"] * 10}
+    content = json.loads(questions.read_text())
+    del content["questions"][1]["question"]
+    with pytest.raises(DataError, match="a question without 'question'"):
+        list(VqaSource(images, [save(questions, content), annotations]).rows())
+
+
 def test_sbu_joins_its_two_lists_by_line(tmp_path: Path) -> None:
     images = put(tmp_path, "dataset/4385058960_b0f291553e.jpg")
     urls, captions = tmp_path / "SBU_captioned_photo_dataset_urls.txt", tmp_path / "captions.txt"
@@ -403,3 +424,38 @@ def test_real_photographs_pass_through_as_coco(shared_data: Path, tmp_path: Path
     found = [load(row) for row in CocoSource(shared_data / "photos" / "images", path).rows()]
     assert [fields["captions"] for fields, _ in found] == [row["captions"] for row in rows]
     assert all(image.startswith(b"\xff\xd8\xff") for _, image in found)
+
+
+def test_packed_questions_are_what_the_vqa_benchmark_reads(shared_data: Path, tmp_path: Path) -> None:
+    """The real OK-VQA questions of the photographs, in the official layout and through the shards."""
+    rows = [json.loads(line) for line in (shared_data / "photos" / "captions.jsonl").read_text().splitlines()]
+    asked = [(row["coco_id"], entry) for row in rows for entry in row["qa"]]
+    head = {"data_type": "mscoco", "data_subtype": "val2014"}
+    questions = [
+        {"image_id": coco_id, "question": entry["question"], "question_id": entry["question_id"]}
+        for coco_id, entry in asked
+    ]
+    annotations = [
+        {"image_id": coco_id, "question_id": entry["question_id"], "answer_type": "other", "question_type": "four",
+         "answers": [{"answer_id": n, "answer": text, "raw_answer": text, "answer_confidence": "yes"}
+                     for n, text in enumerate(entry["answer_scores"])]}
+        for coco_id, entry in asked
+    ]  # fmt: skip
+    files = [
+        save(tmp_path / "OpenEnded_mscoco_val2014_questions.json", head | {"questions": questions}),
+        save(tmp_path / "mscoco_val2014_annotations.json", head | {"annotations": annotations}),
+    ]
+    images = tmp_path / "val2017"
+    images.symlink_to(shared_data / "photos" / "images")
+    manifest = pack(VqaSource(tmp_path, files, kind="okvqa"), tmp_path / "out")
+    assert (manifest["num_questions"], manifest["num_skipped"]) == (len(asked), 0)
+    items = list(read_eval_items(str(tmp_path / "out"), lambda image, generator: image))
+    found = [
+        (item.image_id, question.question_id, question.question, question.answers, question.kind)
+        for item in items
+        for question in item.questions
+    ]
+    assert sorted(found) == sorted(
+        (coco_id, str(entry["question_id"]), entry["question"], tuple(entry["answer_scores"]), "other")
+        for coco_id, entry in asked
+    )

@@ -165,15 +165,37 @@ class Folders:
     Args:
         root: what the user gave.
         subfolders: names below it that the official archives unpack to.
+        foreign: absolute names are of another machine: their last two parts, and their last, are tried too.
     """
 
-    def __init__(self, root: Path, subfolders: Iterable[str] = ()) -> None:
+    def __init__(self, root: Path, subfolders: Iterable[str] = (), *, foreign: bool = False) -> None:
+        subfolders = list(subfolders)
         self.root = root
         self._folders = [root, *(root / name for name in subfolders if (root / name).is_dir())]
+        self._known = {Path(name).name for name in subfolders}
+        self._foreign = foreign
 
     def candidates(self, *names: str) -> tuple[Path, ...]:
-        """Paths at which an image of one of these names may lie, in order; "./a.jpg" and "a.jpg" are one path."""
-        return tuple(Path(os.path.normpath(folder / name)) for name in names for folder in self._folders)
+        """Paths at which an image of one of these names may lie, in order.
+
+        Of a name like "val2014/x.jpg" in a source that has a folder val2014 the last part is enough; any other name
+        is taken whole, as "a/1.jpg" and "b/1.jpg" are two images. "./a.jpg" and "a.jpg" are one path.
+        """
+        tried = [part for name in names for part in self._parts(name)]
+        return tuple(Path(os.path.normpath(folder / name)) for name in dict.fromkeys(tried) for folder in self._folders)
+
+    def key(self, name: str) -> str:
+        """The record key of an image: what tells its name from the others of the source."""
+        path = Path(name)
+        if path.parent.name in self._known:
+            return safe_key(path.stem)
+        return safe_key(str(Path(*path.with_suffix("").parts[-2:]) if path.is_absolute() else path.with_suffix("")))
+
+    def _parts(self, name: str) -> list[str]:
+        path = Path(name)
+        if path.is_absolute() and self._foreign:
+            return [name, str(Path(*path.parts[-2:])), path.name]
+        return [name, path.name] if path.parent.name in self._known else [name]
 
 
 def first_image_id(stem: str) -> int | str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing, safe_key, sha256
+from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing, sha256
 from blip2train.data.source.json_file import load_json, opens_with, wrong_file
 from blip2train.errors import DataError
 
@@ -82,8 +82,8 @@ class CocoSource:
         for image in self._images:
             name = str(image["file_name"])
             fields: Fields = {"captions": captions[image["id"]], "image_id": image["id"], **_extra(image)}
-            key = safe_key(str(Path(name).with_suffix("")))
-            yield Row(key, name, fields, coco_candidates(self._folders, name), needs_text=bool(self._annotations))
+            paths = coco_candidates(self._folders, name)
+            yield Row(self._folders.key(name), name, fields, paths, needs_text=bool(self._annotations))
 
     def notes(self) -> dict[str, Any]:
         return {}
@@ -110,9 +110,8 @@ class CocoSource:
 
 def coco_candidates(folders: Folders, name: str) -> tuple[Path, ...]:
     """Where an image may lie under COCO's name for it, as the file says it, and under the shorter one of 2017."""
-    base = Path(name).name
-    shorter = re.sub(r"^COCO_(train|val)2014_", "", base)
-    return folders.candidates(*dict.fromkeys((name, base, shorter)))
+    shorter, is_long = re.subn(r"^COCO_(train|val)2014_", "", Path(name).name)
+    return folders.candidates(name, *([shorter] if is_long else []))
 
 
 def _extra(image: dict[str, Any]) -> Fields:

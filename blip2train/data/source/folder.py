@@ -172,7 +172,14 @@ def files_below(folder: Path, ignored: Sequence[Path] = ()) -> Iterator[Path]:
 
 def _folders_below(folder: Path, ignored: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
     left_out = {path.absolute() for path in ignored}
-    for parent, folders, names in os.walk(folder):
+    seen: set[tuple[int, int]] = set()
+    # links are followed, as data often lies on another disk, but no folder is read twice: links may go in circles
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if Path(parent, name).absolute() not in left_out)
         yield Path(parent), sorted(names)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Fields, Folders, Row, Skipped, captions_of, existing, first_image_id, safe_key
+from blip2train.data.source.base import Fields, Folders, Row, Skipped, captions_of, existing, first_image_id
 from blip2train.data.source.base import sha256 as file_sha256
 from blip2train.data.source.coco import COCO_FOLDERS, coco_candidates
 from blip2train.data.source.json_file import load_json, opens_with, wrong_file
@@ -88,7 +88,7 @@ class KarpathySource:
                 "image_id": image.get("cocoid", first_image_id(stem)),
                 "split": image["split"],
             }
-            yield Row(safe_key(stem), name, fields, coco_candidates(self._folders, name))
+            yield Row(self._folders.key(name), name, fields, coco_candidates(self._folders, name))
 
     def notes(self) -> dict[str, Any]:
         return {}

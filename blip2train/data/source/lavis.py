@@ -26,7 +26,6 @@ from blip2train.data.source.base import (
     captions_of,
     existing,
     first_image_id,
-    safe_key,
     sha256,
 )
 from blip2train.data.source.coco import coco_candidates
@@ -40,7 +39,7 @@ class LavisSource:
     """A list of BLIP's or LAVIS's annotations, read object by object.
 
     Args:
-        images: folder of the files; of a path in the list the whole, its last two parts and its name are tried.
+        images: folder of the files; of an absolute path in the list its last two parts, and its last, are tried too.
         annotations: the JSON list.
         kind: what the manifest calls it.
         subfolders: of `images`, where files may lie.
@@ -60,7 +59,7 @@ class LavisSource:
         id_prefix: str = "",
     ) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), subfolders)
+        self._folders = Folders(existing(images), subfolders, foreign=True)
         self._path, self._kind, self._id_prefix = existing(annotations), kind, id_prefix
         if not is_lavis_list(self._path):
             raise wrong_file(self._path, "a list of objects with `image` and `caption` or `question`")
@@ -77,9 +76,7 @@ class LavisSource:
         """In the order of the images' first objects."""
         self.skipped = Skipped()
         for name, fields in self._merged.entries(self.skipped):
-            path = Path(name)
-            paths = (*coco_candidates(self._folders, name), *self._folders.candidates(str(Path(*path.parts[-2:]))))
-            yield Row(safe_key(path.stem), name, fields, paths)
+            yield Row(self._folders.key(name), name, fields, coco_candidates(self._folders, name))
 
     def notes(self) -> dict[str, Any]:
         return {}

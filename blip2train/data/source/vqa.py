@@ -80,9 +80,14 @@ class VqaSource:
         self.skipped = Skipped()
         by_image: dict[int, list[Fields]] = {}
         for row in self._questions:
-            question = self._to_question(row)
+            try:
+                question, image_id = self._to_question(row), int(row["image_id"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"a question without {error}", where=", ".join(map(str, self._paths)), fix=f"give {_EXPECTED}"
+                ) from error
             if question is not None:
-                by_image.setdefault(row["image_id"], []).append(question)
+                by_image.setdefault(image_id, []).append(question)
         known = {row["question_id"] for row in self._questions}
         for question_id in self._answers or ():
             if question_id not in known:
@@ -122,11 +127,16 @@ class VqaSource:
             return None
         question["answers"] = [answer for answer, _ in annotation["answers"]]
         raw = [raw for _, raw in annotation["answers"] if raw is not None]
-        kind = self._categories.get(annotation.get("question_type", ""), annotation.get("answer_type"))
-        question |= {"kind": kind, "question_type": annotation.get("question_type")}
-        return question | ({"raw_answers": raw} if raw else {})
+        question_type = annotation.get("question_type")
+        more = {
+            "kind": self._categories.get(question_type or "", annotation.get("answer_type")),
+            "question_type": question_type,
+            "raw_answers": raw or None,
+        }
+        return question | {name: value for name, value in more.items() if value is not None}
 
 
 def _slim_answer(value: dict[str, Any]) -> Any:
     """A person's answer as (answer, answer as typed): the files hold millions of them."""
-    return (value["answer"], value.get("raw_answer")) if "answer_id" in value else value
+    is_answer = "answer" in value and "question_id" not in value
+    return (value["answer"], value.get("raw_answer")) if is_answer else value
