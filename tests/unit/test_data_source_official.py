@@ -429,7 +429,11 @@ def test_real_photographs_pass_through_as_coco(shared_data: Path, tmp_path: Path
 def test_packed_questions_are_what_the_vqa_benchmark_reads(shared_data: Path, tmp_path: Path) -> None:
     """The real OK-VQA questions of the photographs, in the official layout and through the shards."""
     rows = [json.loads(line) for line in (shared_data / "photos" / "captions.jsonl").read_text().splitlines()]
-    asked = [(row["coco_id"], entry) for row in rows for entry in row["qa"]]
+    asked = [
+        (row["coco_id"], entry | {"answers": list(entry.get("answers") or entry["answer_scores"])})
+        for row in rows
+        for entry in row["qa"]
+    ]
     head = {"data_type": "mscoco", "data_subtype": "val2014"}
     questions = [
         {"image_id": coco_id, "question": entry["question"], "question_id": entry["question_id"]}
@@ -438,7 +442,7 @@ def test_packed_questions_are_what_the_vqa_benchmark_reads(shared_data: Path, tm
     annotations = [
         {"image_id": coco_id, "question_id": entry["question_id"], "answer_type": "other", "question_type": "four",
          "answers": [{"answer_id": n, "answer": text, "raw_answer": text, "answer_confidence": "yes"}
-                     for n, text in enumerate(entry["answer_scores"])]}
+                     for n, text in enumerate(entry["answers"])]}
         for coco_id, entry in asked
     ]  # fmt: skip
     files = [
@@ -456,6 +460,6 @@ def test_packed_questions_are_what_the_vqa_benchmark_reads(shared_data: Path, tm
         for question in item.questions
     ]
     assert sorted(found) == sorted(
-        (coco_id, str(entry["question_id"]), entry["question"], tuple(entry["answer_scores"]), "other")
+        (coco_id, str(entry["question_id"]), entry["question"], tuple(entry["answers"]), "other")
         for coco_id, entry in asked
     )
