@@ -56,18 +56,20 @@ class CaptionSettings:
         }
         for problem, found in problems.items():
             if found:
-                raise ConfigError(problem, where="captioner", fix="BLIP: 10 captions, top_p 0.9, 5 to 20 tokens")
+                raise ConfigError(
+                    problem, where="captioner.settings", fix="BLIP: 10 captions, top_p 0.9, 5 to 20 tokens"
+                )
         if self.do_sample and self.num_beams > 1:
             raise ConfigError(
                 f"do_sample with num_beams={self.num_beams}",
-                where="captioner.num_beams",
-                fix="set captioner.num_beams=1 to sample, or captioner.do_sample=false for beams",
+                where="captioner.settings.num_beams",
+                fix="set captioner.settings.num_beams=1 to sample, or captioner.settings.do_sample=false for beams",
             )
         if not self.do_sample and self.num_captions > self.num_beams:
             raise ConfigError(
                 f"{self.num_captions} captions from {self.num_beams} beams",
-                where="captioner.num_captions",
-                fix="captioner.num_beams must be at least as large, or sample (captioner.do_sample=true)",
+                where="captioner.settings.num_captions",
+                fix="raise captioner.settings.num_beams, or sample (captioner.settings.do_sample=true)",
             )
 
     def choose(self, keys: Sequence[str]) -> SeededNucleus | None:

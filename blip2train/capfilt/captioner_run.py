@@ -98,8 +98,8 @@ class Stage1Captioner:
         if settings.num_beams > 1:
             raise ConfigError(
                 "a stage-1 run has no beam search",
-                where="captioner.num_beams",
-                fix="sample (captioner.do_sample=true), or set captioner.num_beams=1",
+                where="captioner.settings.num_beams",
+                fix="sample (captioner.settings.do_sample=true), or set captioner.settings.num_beams=1",
             )
         self.model, self.tokenizer, self.transform = model, tokenizer, transform
         self.settings, self.device = settings, device
@@ -157,6 +157,6 @@ def _check_count(settings: CaptionSettings) -> None:
     if not settings.do_sample and settings.num_captions > 1:
         raise ConfigError(
             f"{settings.num_captions} captions of a run without sampling would all be the same",
-            where="captioner.num_captions",
-            fix="sample (captioner.do_sample=true), or set captioner.num_captions=1",
+            where="captioner.settings.num_captions",
+            fix="sample (captioner.settings.do_sample=true), or set captioner.settings.num_captions=1",
         )

@@ -18,6 +18,7 @@ from blip2train.errors import ConfigError
 
 BLIP_PROMPT = "a picture of"
 _IMAGE_IN_TEXT = ("blip-2", "instructblip")
+_KINDS = ("blip", *_IMAGE_IN_TEXT, "git", "vision-encoder-decoder")
 
 
 class TransformersCaptioner:
@@ -42,6 +43,7 @@ class TransformersCaptioner:
             lambda: AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype),
             *(model, "captioner.model", "a captioner"),
         )
+        _check_kind(self.model.config.model_type, settings)
         self.model.to(device).eval()
         self._processor, self._tokenizer = _processors(model)
         self.settings = _with_prompt(self.model.config.model_type, settings)
@@ -100,10 +102,25 @@ def _processors(model: str) -> tuple[Any, Any]:
     return images, tokenizer
 
 
+def _check_kind(kind: str, settings: CaptionSettings) -> None:
+    if kind not in _KINDS:
+        raise ConfigError(
+            f"a {kind} model, which is asked in a way of its own",
+            where="captioner.model",
+            fix=f"take a model of one of the kinds {', '.join(_KINDS)}, or a run folder",
+        )
+    if kind == "instructblip" and not settings.prompt:
+        raise ConfigError(
+            "InstructBLIP without an instruction",
+            where="captioner.settings.prompt",
+            fix='for instance "A short image caption:"',
+        )
+
+
 def _with_prompt(kind: str, settings: CaptionSettings) -> CaptionSettings:
     """The model's own prompt where none is given; BLIP was trained with one."""
     if settings.prompt is None:
         return replace(settings, prompt=BLIP_PROMPT if kind == "blip" else "")
     if settings.prompt and kind == "vision-encoder-decoder":
-        raise ConfigError(f"{kind} takes no prompt", where="captioner.prompt", fix='set captioner.prompt=""')
+        raise ConfigError(f"{kind} takes no prompt", where="captioner.settings.prompt", fix='set it to ""')
     return settings

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from blip2train.capfilt.example import Examples
+from blip2train.capfilt.item import DATASET
 from blip2train.capfilt.job import MANIFEST_NAME, Job
-from blip2train.capfilt.shard import DATASET
 from blip2train.capfilt.statistics import Statistics, add_up, summarise
 from blip2train.data.drop import DropLedger
 from blip2train.data.shards import ShardEntry, write_index

@@ -110,8 +110,8 @@ class Job:
                 yield index, read_json(self._marker(index))
 
     def is_done(self) -> bool:
-        """Every shard has its marker."""
-        return all(self._marker(index).is_file() for index in range(len(self.shards)))
+        """Every shard has its marker, and is still there."""
+        return all(self._has(index) for index in range(len(self.shards)))
 
     def num_read(self) -> int:
         """Records that all processes together have read, as far as their files say."""
@@ -130,7 +130,7 @@ class Job:
             os.pwrite(lock, f"{num_read:<12}".encode(), 0)
             progress()
 
-        out = self.out / f"{self._prefix}-{index:06d}.tar"
+        out = self._output(index)
         for left_over in self.out.glob(f".{out.name}.*.partial"):  # of a killed process: nobody else has this shard
             left_over.unlink()
         result = process(self.shards[index], out, note)
@@ -142,19 +142,27 @@ class Job:
 
         A file system without locks leaves every process its own share.
         """
-        if self._marker(index).is_file():
+        if self._has(index):
             yield None
             return
         path = self._marker(index).with_suffix(".lock")
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # a lock that was free may be that of a process which has just finished the shard
-            free = _lock(lock, or_else=is_own) and not self._marker(index).is_file()
+            free = _lock(lock, or_else=is_own) and not self._has(index)
             yield lock if free else None
             if free:
                 path.unlink(missing_ok=True)
         finally:
             os.close(lock)
+
+    def _has(self, index: int) -> bool:
+        marker = self._marker(index)
+        # of a shard without a usable record nothing was written
+        return marker.is_file() and (self._output(index).is_file() or read_json(marker)["entry"] is None)
+
+    def _output(self, index: int) -> Path:
+        return self.out / f"{self._prefix}-{index:06d}.tar"
 
     def _marker(self, index: int) -> Path:
         return self._state / f"{index:06d}.json"

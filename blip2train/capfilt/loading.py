@@ -44,10 +44,20 @@ def load_part(load: Callable[[], T], model: str, where: str, kind: str) -> T:
         ) from error
 
 
-def model_identity(model: str, dtype: str, device: torch.device, where: str) -> dict[str, Any]:
-    """What the answers of a model depend on, found without loading it."""
+def model_identity(
+    model: str, dtype: str, device: torch.device, where: str, weights: str | None = None
+) -> dict[str, Any]:
+    """What the answers of a model depend on, found without loading it.
+
+    Args:
+        model: its name.
+        dtype: as `choose_dtype` takes it, and the next two.
+        device: where it is to run.
+        where: config key of the precision.
+        weights: their path, where it is not the name.
+    """
     precision = str(choose_dtype(dtype, device, where)).removeprefix("torch.")
-    return {"model": model, "weights": weights_digest(model), "dtype": precision}
+    return {"model": model, "weights": weights_digest(weights or model), "dtype": precision}
 
 
 def weights_digest(path: str | Path) -> str | None:
@@ -55,10 +65,8 @@ def weights_digest(path: str | Path) -> str | None:
 
     None for a name on the hub.
     """
-    # open_clip writes an architecture, or its scheme, before a path
-    names = [str(path), *str(path).removeprefix("open_clip:").split("local-dir:")[-1:], str(path).partition("/")[2]]
-    found = next((place for name in names if name and (place := Path(name).expanduser()).exists()), None)
-    if found is None:
+    found = Path(path).expanduser()
+    if not found.exists():
         return None
     files = [found] if found.is_file() else sorted({file for kind in _WEIGHTS for file in found.glob(kind)})
     digest = hashlib.sha256()

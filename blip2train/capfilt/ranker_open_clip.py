@@ -63,6 +63,12 @@ class OpenClipRanker:
         return int((last_N[1:] != last_N[0]).sum())
 
 
+def weights_path(model: str) -> str:
+    """Where the weights of an open_clip model would lie if they are a local file or folder."""
+    name = model.removeprefix(PREFIX)
+    return name.removeprefix("local-dir:") if name.startswith("local-dir:") else name.partition("/")[2]
+
+
 def _split(model: str) -> tuple[str, str | None]:
     if model.startswith(("hf-hub:", "local-dir:")):
         return model, None

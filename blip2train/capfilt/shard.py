@@ -22,22 +22,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from blip2train.batch import EvalItem
 from blip2train.capfilt.candidate import Candidate, KeepRule, gather_candidates, rank_candidates
 from blip2train.capfilt.captioner import Captioner
 from blip2train.capfilt.example import Examples
+from blip2train.capfilt.item import Item, read_item
 from blip2train.capfilt.ranker import Ranker
 from blip2train.capfilt.shard_file import ShardFile, describe, writing
 from blip2train.capfilt.statistics import Statistics
 from blip2train.data.drop import Drop
-from blip2train.data.sample import to_eval_item
 from blip2train.data.shards import RawRecord, Shard, ShardCache, ShardEntry, read_shard
 from blip2train.errors import ConfigError, DataError
 
-DATASET = "capfilt"
 _DECODERS = 4
 
 
@@ -129,11 +124,11 @@ def process_shard(
 
 def _windows(
     records: Iterator[RawRecord], size: int, pool: ThreadPoolExecutor
-) -> Iterator[list[tuple[RawRecord, EvalItem | Drop]]]:
+) -> Iterator[list[tuple[RawRecord, Item | Drop]]]:
     """Records with their decoded items, `size` at a time; the next ones are decoded while these are worked on."""
 
     def submit() -> list[Any]:
-        return [(record, pool.submit(to_eval_item, record, DATASET, _as_it_is)) for record in islice(records, size)]
+        return [(record, pool.submit(read_item, record)) for record in islice(records, size)]
 
     ahead = submit()
     while ahead:
@@ -141,19 +136,15 @@ def _windows(
         yield [(record, future.result()) for record, future in current]
 
 
-def _as_it_is(image: Tensor, generator: torch.Generator | None) -> Tensor:
-    return image
-
-
 def _process_window(
-    window: Sequence[tuple[RawRecord, EvalItem | Drop]],
+    window: Sequence[tuple[RawRecord, Item | Drop]],
     file: ShardFile,
     captioner: Captioner,
     ranker: Ranker,
     settings: ShardSettings,
     result: ShardResult,
 ) -> None:
-    items = [item for _, item in window if isinstance(item, EvalItem)]
+    items = [item for _, item in window if isinstance(item, Item)]
     _refuse_output(items, window[0][0]["__url__"])
     ranked = iter(_ranked(items, captioner, ranker, settings.rule, result.statistics.counts))
     for record, item in window:
@@ -172,7 +163,7 @@ def _process_window(
 
 
 def _ranked(
-    items: Sequence[EvalItem], captioner: Captioner, ranker: Ranker, rule: KeepRule, counts: Counter[str]
+    items: Sequence[Item], captioner: Captioner, ranker: Ranker, rule: KeepRule, counts: Counter[str]
 ) -> list[list[Candidate]]:
     """Candidates of every item in falling order of score."""
     if not items:
@@ -181,7 +172,9 @@ def _ranked(
     candidates = []
     for item, synthetic in zip(items, captioner(images, [item.key for item in items]), strict=True):
         found, left_out = gather_candidates(item.captions, synthetic, rule.min_words)
-        counts.update(texts=len(item.captions) + len(synthetic))
+        counts.update(
+            texts=len(item.captions) + item.num_refused + len(synthetic), texts_left_out_unusable=item.num_refused
+        )
         counts.update({f"texts_left_out_{cause}": number for cause, number in left_out.items()})
         candidates.append(found)
     ranking = ranker(images, [[candidate.text for candidate in found] for found in candidates])
@@ -204,10 +197,10 @@ def _output(record: RawRecord, candidates: Sequence[Candidate], store_all: bool)
     return record | {"json": json.dumps(fields, ensure_ascii=False).encode()}
 
 
-def _refuse_output(items: Sequence[EvalItem], url: str) -> None:
+def _refuse_output(items: Sequence[Item], url: str) -> None:
     """Captions of an earlier call would pass for the web's."""
     for item in items:
-        if "caption_origins" in item.extra:
+        if item.is_output:
             raise DataError(
                 "a record that CapFilt has been over already (it has caption_origins)",
                 where=f"{url} key {item.key}",

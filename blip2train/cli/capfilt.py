@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ def capfilt(config: DictConfig) -> dict[str, Any] | None:
     job = open_job(config, writing, settings, device)
     if not job.is_done():
         num_children = 0 if world > 1 else num_processes(config, device) - 1
+        _check_launcher(config, world)
         with children(num_children):
             share = (rank, max(world, num_children + 1))
             work(config, job, writing, settings, device, share)
@@ -92,6 +94,7 @@ def open_job(config: DictConfig, writing: CaptionSettings, settings: ShardSettin
     """The job of a config, with its folder made ready."""
     from blip2train.capfilt.job import Job
     from blip2train.capfilt.loading import model_identity
+    from blip2train.capfilt.ranker_open_clip import PREFIX, weights_path
     from blip2train.data.shards import open_shards
 
     urls = config.urls if isinstance(config.urls, str) else list(config.urls)
@@ -103,7 +106,13 @@ def open_job(config: DictConfig, writing: CaptionSettings, settings: ShardSettin
         captions = _run_identity(captioner.model, run_weights)
     identity = {
         "captioner": captions | asdict(writing),
-        "ranker": model_identity(ranker.model, ranker.dtype, device, "ranker.dtype"),
+        "ranker": model_identity(
+            ranker.model,
+            ranker.dtype,
+            device,
+            "ranker.dtype",
+            weights_path(ranker.model) if ranker.model.startswith(PREFIX) else None,
+        ),
         "shards": asdict(settings),
     }
     job = Job(open_shards(urls), config.out, identity)
@@ -123,7 +132,8 @@ def work(
     import torch
 
     from blip2train.capfilt.finish import new_ledger
-    from blip2train.capfilt.shard import DATASET, ShardResult, process_shard
+    from blip2train.capfilt.item import DATASET
+    from blip2train.capfilt.shard import ShardResult, process_shard
 
     captioner = load_captioner(config, writing, device)
     ranker = load_ranker(config, device)
@@ -146,6 +156,7 @@ def work(
         job.work(process, rank, world, lambda: None)
         return
     with show_progress("capfilt") as show:
+        show(job.num_read(), job.num_records)
         job.work(process, rank, world, _looking(job, show))
         show(job.num_read(), job.num_records)
 
@@ -199,11 +210,22 @@ def num_processes(config: DictConfig, device: torch.device) -> int:
     return wanted
 
 
+def _check_launcher(config: DictConfig, world: int) -> None:
+    if world > 1 and config.num_processes not in ("auto", world):
+        raise ConfigError(
+            f"num_processes={config.num_processes} where a launcher started {world}",
+            where="num_processes",
+            fix="leave it out: torchrun or srun says how many there are",
+        )
+
+
 @contextmanager
 def children(number: int) -> Iterator[None]:
     """Start this command `number` more times, as ranks 1, 2, ...; wait for them, and take them along on an error."""
     command = [sys.executable, "-m", "blip2train.cli.capfilt", *sys.argv[1:]]
     started: list[subprocess.Popen[bytes]] = []
+    if number:  # a scheduler's end of time, too, reaches the children
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for rank in range(1, number + 1):
             place = {"RANK": str(rank), "WORLD_SIZE": str(number + 1), "LOCAL_RANK": str(rank)}

@@ -10,15 +10,28 @@ import pytest
 import torch
 from benchmark_world import identity, make_language_tokenizer, make_stage1, make_stage2, make_tokenizer
 from capfilt_world import pil, save_blip, tokenizer
-from huggingface_world import SIZE, save_generation
+from huggingface_world import (
+    QFORMER,
+    SIZE,
+    TEXT,
+    VISION,
+    language_model_tokenizer,
+    qformer_tokenizer,
+    randomise,
+    save_generation,
+)
 from transformers import (
     AutoProcessor,
     BertConfig,
     BlipForConditionalGeneration,
+    BlipImageProcessor,
     CLIPImageProcessor,
     GitConfig,
     GitForCausalLM,
     GitProcessor,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -62,6 +75,23 @@ def save_encoder_decoder(folder: Path) -> None:
               sep_token="[SEP]").save_pretrained(folder)  # fmt: skip
 
 
+def save_instructblip(folder: Path) -> None:
+    words = language_model_tokenizer("opt")
+    images = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
+    processor = InstructBlipProcessor(images, words, qformer_tokenizer(), num_query_tokens=4)
+    config = InstructBlipConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=TEXT["opt"],
+        num_query_tokens=4,
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = InstructBlipForConditionalGeneration(config)
+    randomise(model, seed=4)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def save_git(folder: Path) -> None:
     text = tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]", pad_token="[PAD]", cls_token="[CLS]",
                      sep_token="[SEP]")  # fmt: skip
@@ -102,6 +132,9 @@ CAPTIONERS = {
     "blip": of_transformers(save_blip),
     "blip-2 opt": of_transformers(lambda folder: save_generation(folder, "opt")),
     "blip-2 t5": of_transformers(lambda folder: save_generation(folder, "t5")),
+    "instructblip": lambda folder, settings: of_transformers(save_instructblip)(
+        folder, replace(settings, prompt="a photo of")
+    ),
     "git": of_transformers(save_git),
     "encoder and decoder": of_transformers(save_encoder_decoder),
     "stage 1": of_stage1,
@@ -219,6 +252,11 @@ def test_a_run_without_sampling_gives_one_caption() -> None:
         of_stage2(Path(), BEAMS)
     with pytest.raises(ConfigError, match="no beam search"):
         of_stage1(Path(), replace(BEAMS, num_captions=1))
+
+
+def test_instructblip_wants_an_instruction(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="without an instruction"):
+        of_transformers(save_instructblip)(tmp_path, DRAWN)
 
 
 def test_a_model_that_is_none_is_named_with_what_to_do(tmp_path: Path) -> None:

@@ -161,6 +161,26 @@ def test_a_finished_job_does_nothing_again(urls: list[str], tmp_path: Path) -> N
     assert not done
 
 
+def test_a_shard_that_somebody_deleted_is_done_again(
+    urls: list[str], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    job(urls, tmp_path / "out").work(processing(), 0, 1, lambda: None)
+    (tmp_path / "out" / "shard-000002.tar").unlink()
+    again = job(urls, tmp_path / "out")
+    assert not again.is_done()
+    again.work(processing(), 0, 1, lambda: None)
+    finish(again, 1.0)
+    assert content(tmp_path / "out") == expected
+
+
+def test_a_shard_without_a_usable_record_is_done_all_the_same(tmp_path: Path) -> None:
+    inputs = write_web_shards(tmp_path / "in", [2, 3], broken=[0, 1])
+    whole = job(inputs, tmp_path / "out")
+    whole.work(processing(), 0, 1, lambda: None)
+    assert whole.is_done()
+    assert [row["name"] for row in finish(whole, 1.0)["shards"]] == ["shard-000001.tar"]
+
+
 @pytest.mark.parametrize("change", [{"captioner": {"model": "m", "seed": 1}}, {"rule": {"keep": 3}}])
 def test_a_folder_begun_with_other_settings_is_refused_and_says_which(
     urls: list[str], tmp_path: Path, change: dict[str, Any]

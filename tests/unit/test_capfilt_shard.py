@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from hostile_world import build_hostile_world
 from shard_factory import encode, noise, write_tar
 from torch import Tensor
 from web_shards import write_web_shards
@@ -19,7 +21,7 @@ from blip2train.capfilt.ranker import Ranking
 from blip2train.capfilt.shard import ShardResult, ShardSettings, process_shard
 from blip2train.data.image_transform import TrainTransform
 from blip2train.data.sample import to_sample
-from blip2train.data.shards import Shard, read_shard
+from blip2train.data.shards import Shard, open_shards, read_shard
 from blip2train.errors import DataError
 
 
@@ -104,6 +106,38 @@ def test_images_without_any_web_caption_are_captioned(tmp_path: Path) -> None:
     assert json.loads(files(tmp_path / "o.tar")["k.json"])["captions"] == ["a big k dog", "a k dog"]
     assert result.statistics.counts["images_with_web_caption"] == 0
     assert result.statistics.counts["captions_kept"] == 4
+
+
+def test_a_caption_that_says_nothing_costs_no_image(tmp_path: Path) -> None:
+    captions = {"a": ["..."], "b": ["a usable one", "half a pair \ud800", 3]}
+    write_tar(
+        tmp_path / "in.tar",
+        [
+            file
+            for key, texts in captions.items()
+            for file in ((f"{key}.png", encode(noise(1))), (f"{key}.json", json.dumps({"captions": texts}).encode()))
+        ],
+    )
+    result = process(str(tmp_path / "in.tar"), tmp_path / "o.tar", ShardSettings(), count=2)
+    counts = result.statistics.counts
+    assert not result.drops
+    assert (counts["images"], counts["images_with_web_caption"], counts["texts_left_out_unusable"]) == (2, 1, 3)
+    assert json.loads(files(tmp_path / "o.tar")["a.json"])["caption_origins"] == ["synthetic", "synthetic"]
+
+
+def test_a_hostile_data_set_is_accounted_for_to_the_last_record(tmp_path: Path) -> None:
+    world = build_hostile_world(tmp_path / "in")
+    dropped: Counter[str] = Counter()
+    written = num_read = 0
+    for number, shard in enumerate(open_shards(world.urls)):
+        result = process_shard(shard, tmp_path / "out" / f"{number}.tar", Scripted(), by_length, ShardSettings())
+        num_read += result.num_read
+        written += 0 if result.entry is None else result.entry.num_records
+        dropped.update(drop.cause for drop in result.drops)
+    mended = {"no_caption", "empty_caption"}
+    assert dropped == {cause: count for cause, count in world.planned.items() if cause not in mended}
+    assert num_read == world.num_records == written + dropped.total()
+    assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {tmp_path / "in", tmp_path / "out"}
 
 
 def test_all_candidates_are_stored_where_asked_for(tmp_path: Path) -> None:
