@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from blip2train.data.remote import beside, is_remote, read_small
+from blip2train.data.remote import Remote, beside, is_remote
 from blip2train.data.shard_cache import ShardCache
 from blip2train.data.shard_index import (
     INDEX_NAME,
@@ -28,65 +31,86 @@ from blip2train.errors import DataError
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
+_REQUESTS_AT_ONCE = 16
 
 
-def count_shards(urls: Sequence[str], cache: ShardCache) -> list[Shard]:
+def count_shards(urls: Sequence[str], cache: ShardCache, index: str | None = None) -> list[Shard]:
     """One `Shard` per url, in the same order.
 
-    The counts come from our `index.json`, webdataset's `sizes.json` (one file per folder) or img2dataset's
-    `NNNNN_stats.json` beside the shard. A local shard without any is counted by a scan of its headers.
+    The counts come from `index`, or, beside each shard, from our `index.json`, webdataset's `sizes.json` (one file per
+    folder) or img2dataset's `NNNNN_stats.json`. A local shard without any is counted by a scan of its headers.
+
+    Args:
+        urls: of single shards.
+        cache: reaches remote ones.
+        index: path or url of an `index.json` that lies elsewhere; its names are whole urls or file names.
 
     Raises:
-        DataError: an index that is none, or remote shards nobody has counted.
+        DataError: an index that is none or missing, or remote shards nobody has counted.
     """
-    lookup = _Lookup()
-    found = [lookup.find(url) for url in urls]
-    uncounted = [url for url, shard in zip(urls, found, strict=True) if shard is None]
+    known = _from_index(urls, index, cache.remote) if index else {}
+    known |= _from_beside([url for url in urls if url not in known and not url.startswith("pipe:")], cache.remote)
+    uncounted = [url for url in urls if url not in known]
     remote = [url for url in uncounted if is_remote(url)]
     if remote:
         raise DataError(
             f"{len(remote)} of {len(urls)} remote shards without a record count",
             where=", ".join(remote[:3]),
-            fix="count them once: `blip2train data index 'urls=[...]' out=index.json`, and give that file as index=, "
-            f"or upload it as {INDEX_NAME} beside them",
+            fix="count them once: `blip2train data index 'urls=[...]' out=index.json`, and give that file as the "
+            f"dataset's index=, or upload it as {INDEX_NAME} beside them",
         )
-    counted = dict(zip(uncounted, _scan(uncounted, cache), strict=True))
-    return [counted[url] if shard is None else shard for url, shard in zip(urls, found, strict=True)]
+    known |= {shard.url: shard for shard in _scan(uncounted, cache)}
+    return [known[url] for url in urls]
 
 
-class _Lookup:
-    """Reads every index once."""
+def _from_index(urls: Sequence[str], index: str, remote: Remote) -> dict[str, Shard]:
+    content = remote.read(index)
+    if content is None:
+        raise DataError("an index that does not exist", where=f"index={index}", fix="check the path")
+    rows = _shards(content, index)
+    found = {url: rows.get(url) or rows.get(file_name(url)) for url in urls}
+    meant = Counter(row.url for row in found.values() if row is not None)
+    for url, row in found.items():
+        if row is not None and meant[row.url] > 1 and row.url != url:
+            raise DataError(
+                f"{meant[row.url]} shards have the file name {row.url}, which the index counts once",
+                where=f"index={index}",
+                fix="write it again with `blip2train data index`, which names shards of several folders by whole urls",
+            )
+    return {url: replace(row, url=url) for url, row in found.items() if row is not None}
 
-    def __init__(self) -> None:
-        self._indexes: dict[str, dict[str, Shard]] = {}
 
-    def find(self, url: str) -> Shard | None:
-        if url.startswith("pipe:"):
-            return None
-        name = file_name(url)
-        row = self._folder(url).get(name)
-        if row is not None:
-            return Shard(url, row.num_records, row.num_bytes, row.sha256)
-        where = beside(url, stats_name(name))
-        content = read_small(where)
-        return None if content is None else Shard(url, parse_stats(content, where))
+def _from_beside(urls: Sequence[str], remote: Remote) -> dict[str, Shard]:
+    # a store answers in some 0.1 s, and a data set may have 100,000 shards
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        folders = {beside(url, INDEX_NAME): url for url in urls}
+        counted = dict(zip(folders, pool.map(lambda url: _read_folder(url, remote), folders.values()), strict=True))
+        rows = {url: counted[beside(url, INDEX_NAME)].get(file_name(url)) for url in urls}
+        found = {url: replace(row, url=url) for url, row in rows.items() if row is not None}
+        others = pool.map(lambda url: _read_stats(url, remote), [url for url in urls if url not in found])
+        return found | {shard.url: shard for shard in others if shard is not None}
 
-    def _folder(self, url: str) -> dict[str, Shard]:
-        folder = beside(url, "")
-        if folder not in self._indexes:
-            shards: dict[str, Shard] = {}
-            where = beside(url, SIZES_NAME)
-            if (content := read_small(where)) is not None:
-                shards |= {name: Shard(name, number) for name, number in parse_sizes(content, where).items()}
-            where = beside(url, INDEX_NAME)
-            if (content := read_small(where)) is not None:
-                rows = parse_index(content, where).values()
-                shards |= {
-                    row.name: Shard(row.name, row.num_records, row.num_bytes or None, row.sha256 or None)
-                    for row in rows
-                }
-            self._indexes[folder] = shards
-        return self._indexes[folder]
+
+def _read_folder(url: str, remote: Remote) -> dict[str, Shard]:
+    """By file name, what the index and the sizes beside a shard say."""
+    shards: dict[str, Shard] = {}
+    sizes, index = beside(url, SIZES_NAME), beside(url, INDEX_NAME)
+    if (content := remote.read(sizes)) is not None:
+        shards |= {name: Shard(name, number) for name, number in parse_sizes(content, sizes).items()}
+    if (content := remote.read(index)) is not None:
+        shards |= _shards(content, index)
+    return shards
+
+
+def _shards(content: bytes, where: str) -> dict[str, Shard]:
+    rows = parse_index(content, where).values()
+    return {row.name: Shard(row.name, row.num_records, row.num_bytes or None, row.sha256 or None) for row in rows}
+
+
+def _read_stats(url: str, remote: Remote) -> Shard | None:
+    where = beside(url, stats_name(file_name(url)))
+    content = remote.read(where)
+    return None if content is None else Shard(url, parse_stats(content, where))
 
 
 def _scan(urls: Sequence[str], cache: ShardCache) -> list[Shard]:

@@ -5,16 +5,14 @@ Implements the writing side of the storage: plain WebDataset tars with `index.js
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import webdataset as wds
-
 from blip2train.data.shard_index import ShardEntry, write_index
-from blip2train.errors import ConfigError, DataError
+from blip2train.data.tar_shard import TarShard, check_key
+from blip2train.errors import ConfigError
 
 
 class ShardWriter:
@@ -43,9 +41,7 @@ class ShardWriter:
         self.entries = list(finished)
         self._prefix = prefix
         self._samples_per_shard = samples_per_shard
-        self._tar: wds.TarWriter | None = None
-        self._partial = self.folder / f".{prefix}.partial"
-        self._in_shard = 0
+        self._shard: TarShard | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -56,9 +52,8 @@ class ShardWriter:
         if kind is None:
             self.finish_shard()
             write_index(self.folder, self.entries)
-        elif self._tar is not None:
-            self._tar.close()
-            self._partial.unlink(missing_ok=True)
+        elif self._shard is not None:
+            self._shard.abandon()
 
     def write(self, key: str, image: bytes, extension: str, json: bytes) -> bool:
         """Append one record; returns True when this completed a shard.
@@ -69,28 +64,18 @@ class ShardWriter:
             extension: of `image`, without a dot.
             json: the encoded record (see `data/sample.py` for its fields).
         """
-        if not key or "." in key or key.startswith("__"):
-            raise DataError(
-                f"record key {key!r}", where="ShardWriter", fix="use a non-empty key without dots or leading __"
-            )
-        if self._tar is None:
-            # an integer: a float would add an extended header to every file
-            self._tar = wds.TarWriter(str(self._partial), encoder=False, mtime=0)
-        self._tar.write({"__key__": key, extension: image, "json": json})
-        self._in_shard += 1
-        if self._in_shard == self._samples_per_shard:
+        check_key(key)
+        if self._shard is None:
+            name = f"{self._prefix}-{len(self.entries):06d}.tar"
+            self._shard = TarShard(self.folder / name, self.folder / f".{self._prefix}.partial")
+        self._shard.write(key, {extension: image, "json": json})
+        if self._shard.num_records == self._samples_per_shard:
             self.finish_shard()
             return True
         return False
 
     def finish_shard(self) -> None:
         """Complete the shard being written, if it holds a record."""
-        if self._tar is None:
-            return
-        self._tar.close()
-        path = self.folder / f"{self._prefix}-{len(self.entries):06d}.tar"
-        with self._partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.entries.append(ShardEntry(path.name, self._in_shard, self._partial.stat().st_size, digest))
-        self._partial.replace(path)
-        self._tar, self._in_shard = None, 0
+        if self._shard is not None:
+            self.entries.append(self._shard.finish())
+            self._shard = None

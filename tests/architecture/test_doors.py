@@ -12,6 +12,8 @@ DOORS = {
     "omegaconf": ("cli/",),
     "torch.distributed": ("distributed.py",),
     "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
+    "fsspec": ("data/remote.py",),
+    "aiohttp": ("data/remote.py",),
     "timm": ("model/vision_encoder/", "microworld/"),
     "transformers": (
         *("model/language_model/", "model/qformer/bert_checkpoint.py", "data/tokenizer.py"),
