@@ -84,6 +84,7 @@ KINDS: Mapping[str, Kind] = {
     "unusable_caption": Kind("warning", "captions", "empty or no text, beside usable captions", "leave it out"),
     "long_caption": Kind("warning", "captions", "more words than are kept; the rest is cut", "raise max_words"),
     "long_caption_tokens": Kind("warning", "captions", "more tokens than are kept; the rest is cut", "shorten it"),
+    "bad_questions": Kind("error", "records", "questions of the wrong form, which no benchmark reads", _REPACK),
     "blank_question": Kind("warning", "questions", "a question without a word", "leave it out"),
     "question_without_answer": Kind("warning", "questions", "nothing to score against", "fine for a test set"),
     # images and files

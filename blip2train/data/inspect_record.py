@@ -16,8 +16,8 @@ from typing import Literal
 from PIL import Image
 
 from blip2train.data.caption import clean_caption
-from blip2train.data.drop import Drop
-from blip2train.data.image_file import MAX_PIXELS, ImageTooLargeError, check_size
+from blip2train.data.drop import DROP_CAUSES, Drop
+from blip2train.data.image_file import MAX_PIXELS, ImageTooLargeError, check_size, plain_size
 from blip2train.data.image_transform import decode_image
 from blip2train.data.sample import RecordText, read_text
 from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord
@@ -79,6 +79,11 @@ class RecordFacts:
     size: tuple[int, int] | None = None
     num_bytes: int = 0
 
+    @property
+    def usable(self) -> bool:
+        """Whether the record would be taken, for training or, without captions, for its questions."""
+        return not any(kind in DROP_CAUSES for kind, _ in self.defects)
+
 
 def inspect_record(record: RawRecord, settings: CheckSettings) -> RecordFacts:
     """Look at one record; it is never changed and nothing of it is kept but hashes, sizes and captions."""
@@ -113,9 +118,11 @@ def caption_hash(caption: str) -> int:
 
 def _judge_text(text: RecordText, facts: RecordFacts, settings: CheckSettings) -> None:
     facts.captions, facts.num_questions, facts.image_id = text.captions, len(text.questions), text.image_id
-    if not text.captions and not text.questions:
+    if not text.captions and not text.questions and not text.bad_questions:
         facts.defects.append(("no_caption", "neither captions nor questions in the JSON, and no txt file"))
-    facts.text_defects += [("unusable_caption", detail) for _, detail in text.refused]
+    facts.text_defects += [("unusable_caption", detail) for detail in text.refused]
+    if text.bad_questions:
+        facts.defects.append(("bad_questions", text.bad_questions))
     for caption in text.captions:
         num_words = len(clean_caption(caption, max_words=len(caption) + 1).split())
         if num_words > settings.max_words:
@@ -129,7 +136,7 @@ def _judge_text(text: RecordText, facts: RecordFacts, settings: CheckSettings) -
 
 def _look_at_image(record: RawRecord, facts: RecordFacts, settings: CheckSettings) -> None:
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in record), None)
-    usable = not facts.defects
+    usable = facts.usable
     if extension is None:
         if usable and TOKENS not in record:
             names = ", ".join(name for name in record if not name.startswith("__"))
@@ -166,6 +173,7 @@ def _read_header(data: bytes, max_pixels: int) -> tuple[str | None, tuple[int, i
         ImageTooLargeError: more pixels than that.
         DataError: no header of a known format.
     """
+    check_size(plain_size(data) or (0, 0), max_pixels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on odd metadata, and on sizes, which are checked here
         try:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2train.data.caption import clean_caption
-from blip2train.data.finding import KINDS, Findings
+from blip2train.data.finding import Findings
 from blip2train.data.inspect_record import CheckSettings, RecordFacts, caption_hash, hash8, inspect_record
 from blip2train.data.shard_index import UNCOUNTED
 from blip2train.data.shards import RawRecord, Shard, ShardCache, ShardReader
@@ -39,7 +39,7 @@ class ShardSummary:
         source: folder and prefix, the name of the group it is counted in.
         findings: of this shard on its own.
         num_records: found, and promised but lost.
-        num_usable: of them without a finding of severity "error".
+        num_usable: of them without a reason to leave them out.
         num_captions, num_questions, num_bytes: in all; bytes are of the encoded images.
         size: of the tar in bytes; None where it is remote.
         sha256: of the tar, where it was asked for.
@@ -120,8 +120,9 @@ def inspect_shard(
 def _judge_end(summary: ShardSummary, promised: int, num_found: int, damage: str | None) -> None:
     """Count the records that are lost behind the last one found, and say what is wrong with the tar as a whole."""
     lost = max(promised - num_found, 0) if damage is not None else 0
-    if damage is not None and not num_found:
-        lost = max(lost, 1)
+    unreadable = summary.findings.counts["unreadable_shard"] > 0
+    if unreadable or (damage is not None and not num_found):
+        lost = lost or int(not unreadable)
         summary.findings.add("unreadable_shard", f"{summary.url}: {damage}", count=lost)
     elif lost:
         example = f"{summary.url}: {num_found} of {promised} records found: {damage}"
@@ -156,10 +157,11 @@ class _Hashes:
         # a record that could not be read has no key of its own
         broken = "__broken__" in record
         self._keys.append(0 if broken else hash8(record["__key__"].encode("utf-8", "surrogatepass")))
-        identified = facts.image_hash is not None and facts.image_id is not None
-        self._images.append(facts.image_hash or 0 if identified else 0)
+        # what training never sees cannot be in anything's way
+        self._images.append(facts.image_hash or 0 if facts.usable else 0)
         self._image_ids.append(facts.image_id or 0)
-        captions = [caption_hash(caption) for caption in facts.captions][: np.iinfo(np.uint16).max]
+        said = facts.captions[: np.iinfo(np.uint16).max] if facts.usable else ()
+        captions = [caption_hash(caption) for caption in said]
         self._captions += captions
         self._captions_of.append(len(captions))
 
@@ -184,7 +186,7 @@ def _count(record: RawRecord, facts: RecordFacts, summary: ShardSummary) -> None
         summary.findings.add(kind, f"{place}: {detail}")
     for kind, detail in facts.text_defects:
         summary.findings.add(kind, f"{place}: {detail}")
-    if any(KINDS[kind].severity == "error" for kind, _ in facts.defects):
+    if not facts.usable:
         return
     summary.num_usable += 1
     histograms = summary.histograms

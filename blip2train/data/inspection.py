@@ -56,7 +56,7 @@ class Inspection:
         return len(self.folders) if unit == "folders" else sum(getattr(each, f"num_{unit}") for each in self.summaries)
 
     def num_unusable(self) -> int:
-        """Records that training would leave out."""
+        """Records that would be left out."""
         return self.total("records") - sum(summary.num_usable for summary in self.summaries)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -102,6 +102,7 @@ def inspect_shards(
     workers: int = 1,
     count_tokens: CountTokens | None = None,
     cache: ShardCache | None = None,
+    index: str | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """Look at every record of some shards.
@@ -112,18 +113,24 @@ def inspect_shards(
         limit: stop after this many records, counted in the order of the shards; such a check runs in one process.
         workers: processes at most; little data is looked at in this one.
         count_tokens: judges captions by tokens too; picklable where there are several processes.
-        cache: holds copies of remote shards.
+        cache: reaches remote shards and holds copies of them.
+        index: path or url of an index that does not lie beside the shards.
         progress: called after every shard.
 
     Raises:
         DataError: an index that is not ours, or a process was killed.
     """
+    cache = cache or ShardCache()
     folder_of = {url: url if url.startswith("pipe:") else beside(url, "") for url in urls}
     by_folder: dict[str, list[str]] = {}
     for url, folder in folder_of.items():
         by_folder.setdefault(folder, []).append(url)
     # the output of a command has nothing beside it
-    folders = {name: read_folder(inside) for name, inside in by_folder.items() if not name.startswith("pipe:")}
+    folders = {
+        name: read_folder(inside, cache.remote, index)
+        for name, inside in by_folder.items()
+        if not name.startswith("pipe:")
+    }
     shards = [
         folders[folder_of[url]].shard(url) if folder_of[url] in folders else Shard(url, UNCOUNTED) for url in urls
     ]
