@@ -71,6 +71,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     from blip2train.callback.metrics import MetricsCallback
     from blip2train.checkpoint.io import TRAINER_STATE
     from blip2train.cli.initial_weights import InitialWeights
+    from blip2train.data.drop import summary
 
     quiet_libraries()  # after Lightning's import, which sets its own log level
     if config.num_threads:
@@ -99,6 +100,8 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
         raise
     notes: dict[str, Any] = {"data": datamodule.counters()}  # of all ranks, so every rank is asked
     if trainer.is_global_zero and trainer.global_step > _step_of(checkpoint):  # a finished run keeps its notes
+        for line in summary(notes["data"]):
+            log.warning("%s", line)
         notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
         _note_outcome(run, trainer, notes, interrupt.signal_name)
     return TrainOutcome(run, trainer.global_step, interrupt.signal_name)

@@ -7,6 +7,7 @@ in one release, and `.view` failed far from the cause (LAVIS issues 629 and 658)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,10 @@ def check_samples(samples: Sequence[Sample]) -> None:
         raise DataError("a batch without samples", where="collate", fix="give at least one")
     first = samples[0]
     for sample in samples:
-        image = sample.image
+        # types are not believed here: a reader or transform of the user's may break them
+        image: Any = sample.image
+        caption: Any = sample.caption
+        key: Any = sample.key
         if not isinstance(image, Tensor) or image.dtype != torch.uint8:
             _refuse(sample, f"an image of {_kind(image)}", "a transform returns a uint8 tensor")
         if not _is_image(image):
@@ -42,10 +46,10 @@ def check_samples(samples: Sequence[Sample]) -> None:
                 f"shape {tuple(image.shape)}, in {first.dataset} key {first.key} of {tuple(first.image.shape)}",
                 "give every dataset a transform of the same size; pixels and cached features do not mix",
             )
-        if not isinstance(sample.caption, str) or not sample.caption:
-            _refuse(sample, f"a caption {sample.caption!r}", "a caption is a text with something in it")
-        if not isinstance(sample.key, str):
-            _refuse(sample, f"a key of type {type(sample.key).__name__}", "a key is a text")
+        if not isinstance(caption, str) or not caption:
+            _refuse(sample, f"a caption {caption!r}", "a caption is a text with something in it")
+        if not isinstance(key, str):
+            _refuse(sample, f"a key of type {type(key).__name__}", "a key is a text")
         if type(sample.image_id) is not int or sample.image_id not in _INT64:
             _refuse(sample, f"an image id {sample.image_id!r}", "an id is an integer of 64 bits (`batch.to_image_id`)")
 

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from blip2train import distributed
 from blip2train.batch import Sample, Stage1Batch, Stage2Batch
 from blip2train.data.drop import DropLedger
+from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.loader import ConsumedLedger, TrainLoader
 from blip2train.data.mixture import Dataset, Mixture
 from blip2train.data.shards import ShardCache
@@ -44,6 +45,7 @@ class BlipDataModule(pl.LightningDataModule):
         max_dropped_share: DataError when a dataset drops more than this share of its records.
         drop_log: JSONL file that names every dropped record.
         cache: of remote shards.
+        max_pixels: images of more, by their header, are dropped undecoded.
         prefetch_factor: batches that the workers prepare ahead, together.
     """
 
@@ -61,6 +63,7 @@ class BlipDataModule(pl.LightningDataModule):
         max_dropped_share: float = 0.1,
         drop_log: str | None = None,
         cache: ShardCache | None = None,
+        max_pixels: int = MAX_PIXELS,
         prefetch_factor: int = 4,
     ) -> None:
         super().__init__()
@@ -73,6 +76,7 @@ class BlipDataModule(pl.LightningDataModule):
             shuffle_window=shuffle_window,
             temperature=temperature,
             cache=cache,
+            max_pixels=max_pixels,
         )
         names = [dataset.name for dataset in self.mixture.datasets]
         self._ledger = DropLedger(names, max_dropped_share, log=Path(drop_log) if drop_log else None)

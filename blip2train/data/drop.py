@@ -177,8 +177,12 @@ class DropLedger:
         self._last[drop.dataset] = f"{drop.url} key {drop.key} ({drop.cause}: {drop.detail})"
         if len(examples) < _EXAMPLES:
             examples.append(drop)
-        if _num_dropped(self._counts[drop.dataset]) <= _LOGGED_DROPS:
+        num_dropped = _num_dropped(self._counts[drop.dataset])
+        if num_dropped <= _LOGGED_DROPS:
             logger.warning("%s: dropped (%s: %s) %s key %s", drop.dataset, drop.cause, drop.detail, drop.url, drop.key)
+        if num_dropped == _LOGGED_DROPS:
+            where = f" and named in {self._log}" if self._log else ""
+            logger.warning("%s: further drops are counted%s", drop.dataset, where)
 
     def _append(self, drops: Sequence[Drop]) -> None:
         if self._log is None or not drops:
@@ -216,6 +220,16 @@ def _keep_rows(log: Path, num_samples: int) -> None:
     partial = log.with_name(f".{log.name}.partial")
     partial.write_text("".join(kept), encoding="ascii")
     partial.replace(log)
+
+
+def summary(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """One line for each dataset that lost records, for the end of a run; `counts` as `DropLedger.counts` gives them."""
+    return [
+        f"{name}: {_num_dropped(row)} of {sum(row.values())} records dropped ({_share(row):.1%}): "
+        + ", ".join(f"{number} {cause}" for cause, number in row.items() if number and cause != "used")
+        for name, row in counts.items()
+        if _num_dropped(row)
+    ]
 
 
 def shorten(text: str) -> str:

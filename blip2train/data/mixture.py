@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
+from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.order import DatasetOrder, MixtureOrder
 from blip2train.data.shards import Shard, ShardCache, open_shards
@@ -72,6 +73,7 @@ class Mixture:
         shuffle_window: records of a stream that are permuted among themselves.
         temperature: shares are weight ** (1 / temperature), normalised.
         cache: of remote shards.
+        max_pixels: images of more, by their header, are dropped undecoded.
 
     Raises:
         ConfigError: no dataset, two of one name, or a number out of range.
@@ -86,13 +88,15 @@ class Mixture:
         shuffle_window: int = 1000,
         temperature: float = 1.0,
         cache: ShardCache | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         if not datasets or len({dataset.name for dataset in datasets}) < len(datasets):
             names = ", ".join(dataset.name for dataset in datasets) or "none"
             raise ConfigError(
                 f"datasets: {names}", where="data.datasets", fix="give at least one, each with its own name"
             )
-        for name, value in (("num_streams", num_streams), ("shuffle_window", shuffle_window)):
+        counts = {"num_streams": num_streams, "shuffle_window": shuffle_window, "max_pixels": max_pixels}
+        for name, value in counts.items():
             if value < 1:
                 raise ConfigError(f"{name}={value}", where=f"data.{name}", fix="give 1 or more")
         if not 0 < temperature < math.inf:
@@ -101,7 +105,7 @@ class Mixture:
                 where="data.temperature",
                 fix="give a positive number; 1 keeps the weights",
             )
-        self.datasets, self.cache = list(datasets), cache
+        self.datasets, self.cache, self.max_pixels = list(datasets), cache, max_pixels
         self.seed, self.num_streams, self.shuffle_window = seed, num_streams, shuffle_window
         self.temperature = temperature
         self.choices = MixtureOrder([dataset.weight for dataset in datasets], seed=seed, temperature=temperature)

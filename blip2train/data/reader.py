@@ -8,14 +8,13 @@ read before.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
-
-import torch
 
 from blip2train.batch import Sample
 from blip2train.data.drop import Drop
+from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
+from blip2train.data.keyed import keyed_generator
 from blip2train.data.order import DatasetOrder, Place
 from blip2train.data.sample import to_sample
 from blip2train.data.shards import ShardReader
@@ -33,6 +32,7 @@ class SampleReader:
         name: of the dataset.
         transform: training augmentation.
         seed: of the run.
+        max_pixels: images of more are dropped undecoded.
         fetch_ahead: let the shards come that a stream needs next; for remote ones.
     """
 
@@ -44,11 +44,12 @@ class SampleReader:
         name: str,
         transform: Transform,
         seed: int,
+        max_pixels: int = MAX_PIXELS,
         fetch_ahead: bool = False,
     ) -> None:
         self._reader, self._order = reader, order
         self._name, self._transform, self._seed = name, transform, seed
-        self._fetch_ahead = fetch_ahead
+        self._max_pixels, self._fetch_ahead = max_pixels, fetch_ahead
         self._fetched_to: dict[int, int] = {}
 
     def sample(self, stream: int, draw: int) -> tuple[Sample, Drop | None]:
@@ -86,7 +87,7 @@ class SampleReader:
     def _read(self, place: Place) -> Sample | Drop:
         record = self._reader.record(place.shard, place.index)
         generator = keyed_generator(f"{self._seed}/{self._name}/sample/{place.epoch}/{record['__key__']}")
-        return to_sample(record, self._name, self._transform, generator, place.epoch)
+        return to_sample(record, self._name, self._transform, generator, place.epoch, self._max_pixels)
 
     def _fetch(self, stream: int, draw: int) -> None:
         """On entering a window, ask for its shards and those of the next one."""
@@ -99,9 +100,3 @@ class SampleReader:
 def with_sample_number(drop: Drop, number: int) -> Drop:
     """A drop that says which sample of the run it would have been."""
     return replace(drop, sample=number)
-
-
-def keyed_generator(key: str) -> torch.Generator:
-    """A generator that depends on nothing but the key."""
-    # torch seeds its CPU generator with 32 bits
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big"))

@@ -109,6 +109,7 @@ class PartStream(IterableDataset[Part[BatchT]], Generic[BatchT]):
                 name=dataset.name,
                 transform=dataset.transform,
                 seed=mixture.seed,
+                max_pixels=mixture.max_pixels,
                 fetch_ahead=any(is_remote(shard.url) for shard in shards),
             )
             for dataset, shards, order in zip(mixture.datasets, mixture.shards, mixture.orders, strict=True)

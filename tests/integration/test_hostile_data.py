@@ -73,6 +73,7 @@ def test_training_goes_on_and_every_record_is_accounted_for(world: HostileWorld,
     assert Counter(row["cause"] for row in rows) == world.planned
     assert all(row["dataset"] == NAME and row["url"] in world.urls and row["detail"] for row in rows)
     assert set(world.dropped_keys.items()) <= {(row["key"], row["cause"]) for row in rows}
+    assert f"{NAME}: {world.num_dropped} of {world.num_records} records dropped (10.0%)" in done.stdout
     assert "key bad-" in done.stdout and "hostile-00000" in done.stdout
     # nothing beside the run: not where it ran, not where its shards lie, not at the paths that are keys
     assert listing(world.folder) == shards_before

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blip2train.data.drop import DROP_CAUSES, Drop, DropLedger, shorten
+from blip2train.data.drop import DROP_CAUSES, Drop, DropLedger, shorten, summary
 from blip2train.errors import DataError
 
 ZEROS = {"used": 0, **dict.fromkeys(DROP_CAUSES, 0)}
@@ -36,6 +36,22 @@ def test_drops_are_named_in_the_log_and_past_the_share_the_run_stops(caplog: pyt
     assert "x.tar key k3" in caught.value.where
     assert "sbu: 100 drawn, 100 used, 0 dropped" in caught.value.found
     assert "2 corrupt_image  e.g. x.tar key k1: cut off" in caught.value.found
+
+
+def test_a_run_ends_with_a_line_for_each_dataset_that_lost_records() -> None:
+    ledger = DropLedger(["coco", "sbu"])
+    ledger.add({"coco": 8, "sbu": 2}, [drop(), drop("bad_json")])
+    assert summary(ledger.counts()) == ["coco: 2 of 8 records dropped (25.0%): 1 corrupt_image, 1 bad_json"]
+
+
+def test_the_log_names_ten_drops_and_says_where_the_others_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = DropLedger(["coco"], max_dropped_share=1.0, log=tmp_path / "dropped.jsonl")
+    with caplog.at_level(logging.WARNING):
+        ledger.add({"coco": 30}, [drop(key=f"k{number}") for number in range(30)])
+    assert len(caplog.messages) == 11
+    assert caplog.messages[-1] == f"coco: further drops are counted and named in {tmp_path / 'dropped.jsonl'}"
 
 
 def test_a_share_is_judged_only_after_enough_records() -> None:
