@@ -32,6 +32,7 @@ from blip2train.model.memory import (
     parse_precision,
     weight_bytes,
 )
+from blip2train.model.vision_encoder.cached import CachedVisionEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def estimate(config: DictConfig, *, accelerator: bool = True, text_tokens: int |
     fixed["communication buffers"] = communication_bytes(model, sharing)
     if shard:
         fixed[GRADIENTS] = sharing.sharded(gradient_bytes(model), from_stage=2)
-    return Estimate(fixed, step, sharing, int(config.data.batch_size))
+    return Estimate(fixed, step, sharing, check.device_batch(config))
 
 
 def read_sharing(config: DictConfig) -> Sharing:
@@ -139,18 +140,23 @@ def loss_of(config: DictConfig, model: Any) -> Callable[[Any, LiveMemory], Tenso
 
 def full_batch(config: DictConfig, model: Any, text_tokens: int | None = None) -> Stage1Batch | Stage2Batch:
     """A batch of one device with texts of full length, the collator's `max_tokens` where no other is given."""
-    size, side = int(config.data.batch_size), model.vision_encoder.image.size
+    size = check.device_batch(config)
+    pixels, stored = _images(size, model.vision_encoder)
     collator = config.data.collator
     length = text_tokens or int(collator.max_tokens)
     if check.stage_number(config) == 1:
-        return Stage1Batch(_images(size, side), *_text(size, length), torch.arange(size), [""] * size)
+        return Stage1Batch(pixels, *_text(size, length), torch.arange(size), [""] * size, stored)
     has_prompt = bool(collator.get("prefix_split", False) or collator.get("prompt", ""))
     prompt = _text(size, length if has_prompt else 0)
-    return Stage2Batch(_images(size, side), *prompt, *_text(size, length), [""] * size)
+    return Stage2Batch(pixels, *prompt, *_text(size, length), [""] * size, stored)
 
 
-def _images(size: int, side: int) -> Tensor:
-    return torch.zeros(size, 3, side, side, dtype=torch.uint8)
+def _images(size: int, encoder: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Pixels or stored tokens, whichever the encoder reads."""
+    if isinstance(encoder, CachedVisionEncoder):
+        return None, torch.zeros(size, encoder.num_tokens, encoder.token_bytes, dtype=torch.uint8)
+    side = encoder.image.size
+    return torch.zeros(size, 3, side, side, dtype=torch.uint8), None
 
 
 def _text(size: int, length: int) -> tuple[Tensor, Tensor]:
