@@ -48,7 +48,7 @@ def inspect(config: DictConfig) -> Inspection:
     """The inspection that a config of `data check` asks for."""
     from blip2train.data.inspect_record import CheckSettings
     from blip2train.data.inspection import inspect_shards
-    from blip2train.data.shards import expand_urls
+    from blip2train.data.shards import ShardCache, expand_urls
 
     if config.level not in {"fast", "full"}:
         raise ConfigError(f"level {config.level!r}", where="level", fix="full (decode every image) or fast")
@@ -56,7 +56,8 @@ def inspect(config: DictConfig) -> Inspection:
         raise ConfigError(f"workers={config.workers}", where="workers", fix="give 1 or more, or null for every core")
     limits = {name: config[name] for name in _LIMITS}
     settings = CheckSettings(config.level, checksums=config.level == "full", **limits)
-    urls = expand_urls(config.urls if isinstance(config.urls, str) else list(config.urls))
+    cache = ShardCache(storage_options=dict(config.storage_options))
+    urls = expand_urls(config.urls if isinstance(config.urls, str) else list(config.urls), cache)
     count_tokens = None
     if config.tokenizer:
         from blip2train.data.tokenizer import QFormerTokenizer
@@ -69,6 +70,8 @@ def inspect(config: DictConfig) -> Inspection:
             limit=config.limit,
             workers=config.workers or os.cpu_count() or 1,
             count_tokens=count_tokens,
+            cache=cache,
+            index=config.index,
             progress=progress,
         )
 

@@ -31,11 +31,12 @@ def run(config: DictConfig) -> None:
     from blip2train.data.inspect_record import CheckSettings
     from blip2train.data.inspect_shard import source_of
     from blip2train.data.inspection import inspect_shards
-    from blip2train.data.shards import open_shards
+    from blip2train.data.shards import ShardCache, open_shards
     from blip2train.report.data_card import sample_cards
     from blip2train.report.data_page import write_data_page
 
-    shards = open_shards(config.urls if isinstance(config.urls, str) else list(config.urls))
+    cache = ShardCache(storage_options=dict(config.storage_options))
+    shards = open_shards(config.urls if isinstance(config.urls, str) else list(config.urls), cache, config.index)
     num_records = sum(shard.num_records for shard in shards)
     if not num_records:
         raise DataError("no record", where=f"urls={config.urls}", fix="pack the data again")
@@ -43,9 +44,11 @@ def run(config: DictConfig) -> None:
     chosen = [shard.url for shard in choose_shards(shards, config.max_records, config.seed)]
     with show_progress("reading") as progress:
         workers = config.workers or os.cpu_count() or 1
-        inspection = inspect_shards(chosen, settings, workers=workers, progress=progress)
+        inspection = inspect_shards(
+            chosen, settings, workers=workers, cache=cache, index=config.index, progress=progress
+        )
     with show_progress("drawing pictures") as progress:
-        cards = sample_cards(shards, config.num_images, config.seed, settings, progress=progress)
+        cards = sample_cards(shards, config.num_images, config.seed, settings, cache=cache, progress=progress)
     sources = list(dict.fromkeys(source_of(shard.url) for shard in shards))
     more = f" and {len(sources) - _NAMES_IN_TITLE} more" if len(sources) > _NAMES_IN_TITLE else ""
     title = config.title or ", ".join(sources[:_NAMES_IN_TITLE]) + more
