@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from blip2train.data.shards import ShardEntry
+from blip2train.data.shard_index import ShardEntry
 from blip2train.errors import DataError
 
 
@@ -34,17 +34,20 @@ class TarShard:
         self.num_records = 0
         self._path, self._partial = path, partial
         self._file = _HashedFile(partial)
-        self._tar: tarfile.TarFile | None = None
+        self._tar: tarfile.TarFile | None = tarfile.TarFile(fileobj=self._file, mode="w")  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:
-        self._tar = tarfile.open(fileobj=self._file, mode="w|")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave no file behind, unless it is finished."""
         if self._tar is not None:
-            self._tar = None  # unfinished: not even its end is written
+            self._tar = None  # not even its end is written
             with contextlib.suppress(OSError):  # a full disk also refuses what is still buffered
                 self._file.close()
             self._partial.unlink(missing_ok=True)
@@ -59,11 +62,8 @@ class TarShard:
         Raises:
             DataError: a key that no reader would find again.
         """
-        assert self._tar is not None, "write inside the with block, before finish"
-        if not key or "." in key or key.startswith("__"):
-            raise DataError(
-                f"record key {key!r}", where="TarShard", fix="a key has no dots, no leading __, and a letter"
-            )
+        assert self._tar is not None, "neither finished nor abandoned"
+        check_key(key)
         for extension in sorted(files):
             member = tarfile.TarInfo(f"{key}.{extension}")
             member.size, member.mode = len(files[extension]), 0o444
@@ -79,6 +79,12 @@ class TarShard:
         self._partial.replace(self._path)
         sync(self._path.parent)
         return ShardEntry(self._path.name, self.num_records, num_bytes, digest)
+
+
+def check_key(key: str) -> None:
+    """DataError for a record key that no reader would find again."""
+    if not key or "." in key or key.startswith("__"):
+        raise DataError(f"record key {key!r}", where="a shard", fix="use a non-empty key without dots or leading __")
 
 
 def sync(path: Path) -> None:
@@ -97,6 +103,9 @@ class _HashedFile:
         self._file = path.open("wb", buffering=1 << 20)
         self._hash = hashlib.sha256()
         self._num_bytes = 0
+
+    def tell(self) -> int:
+        return self._num_bytes
 
     def write(self, data: bytes) -> int:
         self._hash.update(data)
