@@ -11,6 +11,7 @@ from blip2train.cli.config import run_subverb
 
 VERBS = {
     "pack": "images with captions or questions -> shards      input=FOLDER out=SHARDS [source=coco ...]",
+    "index": "shards of anyone -> how many records they hold  'urls=[SHARDS/*.tar]'",
     "check": "shards -> what is in them, and what is wrong     'urls=[SHARDS/*.tar]'",
     "view": "shards -> a page of pictures and histograms      'urls=[SHARDS/*.tar]' out=view.html",
     "cache-features": "shards -> the frozen encoder's output, once      experiment=NAME out=FOLDER",

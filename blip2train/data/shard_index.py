@@ -61,10 +61,17 @@ def write_index(folder: Path, entries: Sequence[ShardEntry]) -> None:
     write_rows(path, [*others, *entries])
 
 
-def write_rows(path: Path, entries: Sequence[ShardEntry]) -> None:
-    """Write an index of exactly these shards, wherever they lie."""
+def write_rows(path: Path, entries: Sequence[ShardEntry], damaged: Mapping[str, str] | None = None) -> None:
+    """Write an index of exactly these shards, wherever they lie.
+
+    Args:
+        path: of the file.
+        entries: one per shard, in any order.
+        damaged: what is wrong with some of them, by name; for people, and for the next `data index`.
+    """
     rows = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
-    write_json(path, {"format": 1, "num_records": sum(row["num_records"] for row in rows), "shards": rows})
+    content = {"format": 1, "num_records": sum(row["num_records"] for row in rows), "shards": rows}
+    write_json(path, content | ({"damaged": dict(damaged)} if damaged else {}))
 
 
 def parse_index(content: bytes, where: str) -> IndexRows:
@@ -85,6 +92,12 @@ def parse_index(content: bytes, where: str) -> IndexRows:
             where=where,
             fix="delete it, and write another with `blip2train data index urls=...`",
         ) from error
+
+
+def parse_damaged(content: bytes) -> dict[str, str]:
+    """What an `index.json` that `parse_index` could read says of damaged shards, by name."""
+    found = json.loads(content).get("damaged", {})
+    return {str(name): str(text) for name, text in found.items()} if isinstance(found, dict) else {}
 
 
 def parse_sizes(content: bytes, where: str) -> dict[str, int]:

@@ -212,4 +212,4 @@ def _pread(file: int, offset: int, size: int) -> bytes:
 
 def file_name(url: str) -> str:
     """Last part of a path or url."""
-    return url.split("?")[0].rsplit("/", 1)[-1]
+    return (url.split("?")[0] if is_remote(url) else url).rsplit("/", 1)[-1]
