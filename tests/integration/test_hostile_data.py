@@ -3,6 +3,7 @@ nothing is written outside the run folder, and past the budget the run stops wit
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -96,6 +97,25 @@ def test_past_the_budget_the_run_stops_with_a_report(world: HostileWorld, tmp_pa
     for cause, number in rows.items():
         assert f"{number} {cause}  e.g. {world.folder}" in done.stderr
         assert report["examples"][cause][0]["key"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_with_every_drop_counted_and_named_once(world: HostileWorld, tmp_path: Path) -> None:
+    settings = ("data.max_dropped_share=0.3", "checkpoint.every_steps=20", "checkpoint.keep_last=3")
+    assert train(world, tmp_path, *settings).returncode == 0
+    # as if it had been killed after step 50, with the drops of thirty more steps in the log than in its checkpoint
+    for later in ("step-0000040", "step-0000050"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / later)
+    done = train(world, tmp_path, *settings, "data.num_workers=0")
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert read_json(tmp_path / "run" / "manifest.json")["data"][NAME] == {
+        "used": world.num_records - world.num_dropped,
+        **world.planned,
+    }
+    rows = read_jsonl(tmp_path / "run" / "dropped.jsonl")
+    assert Counter(row["cause"] for row in rows) == world.planned
+    assert len({row["sample"] for row in rows}) == len(rows) == world.num_dropped
 
 
 @pytest.fixture(scope="module")
