@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def _judge(job: Job, num_read: int, dropped: Counter[str], max_dropped_share: fl
 
 @contextmanager
 def _writing(path: Path) -> Iterator[TextIO]:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="ascii") as file:
         yield file
     partial.replace(path)

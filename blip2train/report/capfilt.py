@@ -6,6 +6,7 @@ Before anybody trains on new captions, somebody should look at them: distributio
 from __future__ import annotations
 
 import base64
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_page(folder: Path) -> Path:
         galleries=[(*_ABOUT[kind], rows) for kind, rows in report["examples"].items() if rows],
         pictures=_read_pictures(folder, [row for rows in report["examples"].values() for row in rows]),
     )
-    partial = folder / ".report.html.partial"
+    partial = folder / f".report.html.{os.getpid()}.partial"
     partial.write_text(html, encoding="utf-8", errors="replace")
     page = folder / "report.html"
     partial.replace(page)
