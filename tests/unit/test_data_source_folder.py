@@ -149,17 +149,19 @@ def test_jsonl_defects_questions_and_unused_images_are_counted(images: Path, tmp
         {"image": "gone.jpg", "caption": "gone"},
         {"image": "a/1.jpg", "caption": "  ", "questions": [{"question": "no answer?"}]},
         {"caption": "no name"},
+        {"image": "half \ud800 of a letter.jpg", "caption": "x"},
+        {"image": "null \0.jpg", "caption": "x"},
         [1, 2],
     ]
     path = images / "captions.jsonl"
     path.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode() + b"{broken\n\n\xff\n")
     assert find_captions(images) == path
     source = FolderSource(images, path, ignored=[images / "out"])
-    first, gone, empty = records(source)
+    first, gone, empty, null = records(source)
     question = {"question": "Q?", "answers": ["x", "x", "x", "y", "y"]}
     assert first == ("a/0", {"captions": [], "image_id": 9, "questions": [question]}, b"a/0.jpg")
-    assert (gone, empty) == ("missing_image", "no_caption")
-    counts = {"bad_json": 4, "bad_question": 1, "image_without_caption": 1, "not_an_image": 1}
+    assert (gone, empty, null) == ("missing_image", "no_caption", "missing_image")
+    counts = {"bad_text": 1, "bad_json": 4, "bad_question": 1, "image_without_caption": 1, "not_an_image": 1}
     assert dict(source.skipped.counts) == counts
     assert source.skipped.examples["image_without_caption"] == ["b.c/2.png"]
 

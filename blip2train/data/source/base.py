@@ -210,6 +210,15 @@ def captions_of(found: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be written: JSON may hold halves of surrogate pairs, and broken UTF-8 is read as such."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _add_text(fields: Fields, kind: str, place: Path | FileSlice) -> str | None:
     """Add what a file beside the image says; returns a cause when it is broken."""
     data = place.read_bytes()

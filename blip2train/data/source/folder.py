@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2train.data.source.base import Folders, Row, Skipped, existing, is_image, safe_key, sha256
+from blip2train.data.source.base import Row, Skipped, existing, is_image, safe_key, sha256
 from blip2train.data.source.merge import Merged
 from blip2train.data.source.table import TABLE_SUFFIXES, Columns, read_table
 from blip2train.errors import ConfigError
@@ -71,12 +71,13 @@ class FolderSource:
     def rows(self) -> Iterator[Row]:
         """In the order of the file; at its end the images that no line speaks of are counted."""
         self.skipped = Skipped()
-        images, beside = Folders(self._images), Folders(self._captions.parent)
+        roots = dict.fromkeys(os.path.abspath(folder) for folder in (self._images, self._captions.parent))  # noqa: PTH100
         used = array("Q")
         for name, fields in self._merged.entries(self.skipped):
-            paths = (*images.candidates(name), *beside.candidates(name))
-            used.extend(_hash(path) for path in paths)
-            yield Row(safe_key(str(Path(name).with_suffix(""))), name, fields, paths)
+            # strings: paths would take most of the time of a long list
+            paths = [os.path.normpath(os.path.join(root, name)) for root in roots]  # noqa: PTH118
+            used.extend(map(_hash, paths))
+            yield Row(safe_key(os.path.splitext(name)[0]), name, fields, tuple(map(Path, paths)))  # noqa: PTH122
         self._count_unused(used)
 
     def notes(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class FolderSource:
         for path in files_below(self._images, self._ignored):
             if path.absolute() == self._captions.absolute():
                 continue
-            value = np.uint64(_hash(path))
+            value = np.uint64(_hash(os.path.abspath(path)))  # noqa: PTH100
             place = int(np.searchsorted(known, value))
             if place < len(known) and known[place] == value:
                 continue
@@ -184,5 +185,5 @@ def _folders_below(folder: Path, ignored: Sequence[Path]) -> Iterator[tuple[Path
         yield Path(parent), sorted(names)
 
 
-def _hash(path: Path) -> int:
-    return int.from_bytes(hashlib.blake2b(os.fsencode(path.absolute()), digest_size=8).digest(), "big")
+def _hash(path: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")

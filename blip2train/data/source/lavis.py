@@ -26,6 +26,7 @@ from blip2train.data.source.base import (
     captions_of,
     existing,
     first_image_id,
+    is_text,
     sha256,
 )
 from blip2train.data.source.coco import coco_candidates
@@ -84,7 +85,7 @@ class LavisSource:
     def _entries(self, skipped: Skipped) -> Iterator[Entry]:
         for index, row in enumerate(iterate_list(self._path)):
             name = row.get("image") if isinstance(row, dict) else None
-            if isinstance(name, str) and name:
+            if isinstance(name, str) and name and is_text(name):
                 yield name, self._to_fields(name, row)
             else:
                 skipped.add("bad_json", f"{self._path.name} element {index}: no `image`")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Fields, Skipped, captions_of
+from blip2train.data.source.base import Fields, Skipped, captions_of, is_text
 from blip2train.data.source.merge import Entry
 from blip2train.errors import DataError
 
@@ -63,6 +63,9 @@ def read_table(path: Path, columns: Columns, skipped: Skipped) -> Iterator[Entry
             cause = "bad_json" if path.suffix.lower() == ".jsonl" else "bad_row"
             wanted = columns.image or " or ".join(f"`{column}`" for column in IMAGE_COLUMNS[:2])
             skipped.add(cause, f"{place}: no {wanted}")
+            continue
+        if not is_text(name):
+            skipped.add("bad_text", place)
             continue
         yield os.path.normpath(name), _to_fields(row, columns, place, skipped)
 
@@ -105,7 +108,7 @@ def _read_csv(path: Path, columns: Columns, skipped: Skipped) -> Iterator[tuple[
                 continue
             if len(values) != len(header):
                 skipped.add("bad_row", f"{place}: {len(values)} columns where the header has {len(header)}")
-            elif not all(map(_is_text, values)):
+            elif not all(map(is_text, values)):
                 skipped.add("bad_text", place)
             else:
                 yield place, {name: value for name, value in zip(header, values, strict=True) if value}
@@ -198,11 +201,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
