@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from blip2train.data.feature_cache import FeatureFacts, FinishedShard
     from blip2train.data.feature_writer import Encode
-    from blip2train.data.shards import Shard
+    from blip2train.data.shards import Shard, ShardCache
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def run(config: DictConfig) -> None:
     quiet_libraries()
     rank, world_size, local_rank = distributed.launched_as()
     out = Path(config.out)
-    plan = _plan(config, out)
+    cache = build(config.data.cache)
+    plan = _plan(config, out, cache)
     if rank == 0:
         _report_size(config, plan, out)
     device = choose_device(f"cuda:{local_rank}" if local_rank and config.device == "auto" else config.device)
@@ -78,6 +79,8 @@ def run(config: DictConfig) -> None:
         batch_size=config.encode_batch,
         num_threads=max(1, config.data.num_workers),
         ledger=DropLedger(list(plan.sources), config.data.max_dropped_share),
+        max_pixels=config.data.max_pixels,
+        cache=cache,
     )
     whole = {}
     with show_progress("encoding") as progress:
@@ -85,7 +88,7 @@ def run(config: DictConfig) -> None:
         for name, shards in plan.sources.items():
             whole[name] = writer.write(name, shards, out / name, rank=rank, world_size=world_size, progress=count.add)
     if all(whole.values()):
-        _report_outcome(_plan(config, out), out)
+        _report_outcome(_plan(config, out, cache), out)
     else:
         log.info("process %d of %d is done; the last one to end completes %s", rank + 1, world_size, out)
 
@@ -122,11 +125,11 @@ def _check(config: DictConfig) -> None:
     encoder_facts(config)
 
 
-def _plan(config: DictConfig, out: Path) -> _Plan:
+def _plan(config: DictConfig, out: Path, cache: ShardCache) -> _Plan:
     from blip2train.data.feature_cache import read_finished
     from blip2train.data.shards import open_shards
 
-    sources = {str(dataset.name): open_shards(list(dataset.urls)) for dataset in config.data.datasets.values()}
+    sources = {str(dataset.name): open_shards(list(dataset.urls), cache) for dataset in config.data.datasets.values()}
     if not sources:
         raise ConfigError("the mixture has no datasets", where="data.datasets", fix="choose an experiment with data")
     check_shipped_backbones(config, [shard.url for shards in sources.values() for shard in shards])

@@ -20,9 +20,10 @@ from torch import Tensor
 from blip2train.batch import Sample
 from blip2train.data.drop import Drop, DropLedger
 from blip2train.data.feature_cache import FinishedShard, finish_dataset, note_finished, read_finished, shard_path
+from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.sample import to_sample
-from blip2train.data.shards import RawRecord, Shard, ShardReader
+from blip2train.data.shards import RawRecord, Shard, ShardCache, ShardReader
 from blip2train.data.stored_tokens import DROPPED, TOKENS
 from blip2train.data.tar_shard import TarShard
 
@@ -42,16 +43,27 @@ class FeatureWriter:
         batch_size: images per call of `encode`.
         num_threads: that decode images while the encoder runs.
         ledger: counts what is used and dropped, and stops the work past its budget.
+        max_pixels: larger images are dropped undecoded, as in training.
+        cache: of remote shards; by default the one of the environment.
     """
 
     def __init__(
-        self, transform: Transform, encode: Encode, batch_size: int, num_threads: int, ledger: DropLedger
+        self,
+        transform: Transform,
+        encode: Encode,
+        batch_size: int,
+        num_threads: int,
+        ledger: DropLedger,
+        max_pixels: int = MAX_PIXELS,
+        cache: ShardCache | None = None,
     ) -> None:
         self._transform = transform
         self._encode = encode
         self._batch_size = batch_size
         self._num_threads = num_threads
         self._ledger = ledger
+        self._max_pixels = max_pixels
+        self._cache = cache
 
     def write(
         self,
@@ -80,12 +92,14 @@ class FeatureWriter:
             DataError: the dropped share is too large, or the folder holds the tokens of other shards.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        reader = ShardReader(sources)
-        for index, source in enumerate(sources):
-            if index % world_size == rank and read_finished(folder, index, source) is None:
-                records = (reader.record(index, place) for place in range(source.num_records))
-                finished = self._write_shard(name, source, records, shard_path(folder, index), progress)
-                note_finished(folder, index, finished)
+        reader = ShardReader(sources, self._cache)
+        own = range(rank, len(sources), world_size)
+        missing = [index for index in own if read_finished(folder, index, sources[index]) is None]
+        for place, index in enumerate(missing):
+            reader.prefetch(missing[place : place + 2])
+            records = (reader.record(index, number) for number in range(sources[index].num_records))
+            finished = self._write_shard(name, sources[index], records, shard_path(folder, index), progress)
+            note_finished(folder, index, finished)
         return finish_dataset(folder, sources)
 
     def _write_shard(
@@ -118,7 +132,9 @@ class FeatureWriter:
         with ThreadPoolExecutor(self._num_threads) as pool:
             for record in records:
                 # to_sample finds whatever training would find; its caption is not used
-                done = pool.submit(to_sample, record, name, self._transform, torch.Generator())
+                done = pool.submit(
+                    to_sample, record, name, self._transform, torch.Generator(), max_pixels=self._max_pixels
+                )
                 waiting.append((record, done))
                 if len(waiting) > _BATCHES_AHEAD * self._batch_size:
                     first, decoded = waiting.popleft()

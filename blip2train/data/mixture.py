@@ -17,7 +17,8 @@ from typing import Any
 from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.order import DatasetOrder, MixtureOrder
-from blip2train.data.shards import Shard, ShardCache, open_shards
+from blip2train.data.shards import Shard, ShardCache, ShardReader, open_shards
+from blip2train.data.stored_tokens import StoredTokens
 from blip2train.errors import ConfigError, DataError
 
 _CHOICES_AT_ONCE = 1024
@@ -30,14 +31,18 @@ class Dataset:
     Args:
         name: unique in the mixture; keys the generators, so renaming a dataset changes what is drawn.
         urls: shards, as `shards.expand_urls` takes them.
-        transform: training augmentation.
+        transform: training augmentation; `StoredTokens` for shards of a feature cache.
         weight: relative share of samples; weights need not sum to one.
+        index: path or url of the `index.json` that counts the records, where it does not lie beside the shards.
+        storage_options: how fsspec reaches remote shards, see `remote.Remote`.
     """
 
     name: str
     urls: str | Sequence[str]
-    transform: Transform
+    transform: Transform | StoredTokens
     weight: float = 1.0
+    index: str | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -117,7 +122,7 @@ class Mixture:
         Raises:
             DataError: shards are missing, their records cannot be counted, or there are none.
         """
-        found = [open_shards(dataset.urls, self.cache) for dataset in self.datasets]
+        found = [open_shards(dataset.urls, self._cache_of(dataset), dataset.index) for dataset in self.datasets]
         for dataset, shards in zip(self.datasets, found, strict=True):
             if sum(shard.num_records for shard in shards) == 0:
                 raise DataError(
@@ -126,6 +131,13 @@ class Mixture:
                     fix="pack it again, or remove it",
                 )
         return found
+
+    def reader(self, dataset: int, max_open: int = 64) -> ShardReader:
+        """Reads the records of one dataset; one per process."""
+        return ShardReader(self.shards[dataset], self._cache_of(self.datasets[dataset]), max_open)
+
+    def _cache_of(self, dataset: Dataset) -> ShardCache:
+        return (self.cache or ShardCache()).with_options(dataset.storage_options)
 
     @cached_property
     def orders(self) -> list[DatasetOrder]:

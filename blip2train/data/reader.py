@@ -18,6 +18,7 @@ from blip2train.data.keyed import keyed_generator
 from blip2train.data.order import DatasetOrder, Place
 from blip2train.data.sample import to_sample
 from blip2train.data.shards import ShardReader
+from blip2train.data.stored_tokens import StoredTokens
 from blip2train.errors import DataError
 
 _MAX_ATTEMPTS = 1000
@@ -30,7 +31,7 @@ class SampleReader:
         reader: of the dataset's shards.
         order: of the dataset's records.
         name: of the dataset.
-        transform: training augmentation.
+        transform: training augmentation; `StoredTokens` for shards of a feature cache.
         seed: of the run.
         max_pixels: images of more are dropped undecoded.
         fetch_ahead: let the shards come that a stream needs next; for remote ones.
@@ -42,7 +43,7 @@ class SampleReader:
         order: DatasetOrder,
         *,
         name: str,
-        transform: Transform,
+        transform: Transform | StoredTokens,
         seed: int,
         max_pixels: int = MAX_PIXELS,
         fetch_ahead: bool = False,
