@@ -20,7 +20,6 @@ from blip2train.data.drop import Drop
 from blip2train.data.mixture import Draw, Mixture
 from blip2train.data.reader import SampleReader, with_sample_number
 from blip2train.data.remote import is_remote
-from blip2train.data.shards import ShardReader
 from blip2train.data.sharing import Shape, check_readers
 from blip2train.errors import Blip2TrainError
 
@@ -104,15 +103,15 @@ class PartStream(IterableDataset[Part[BatchT]], Generic[BatchT]):
         max_open = max(_OPEN_AT_LEAST, _OPEN_PER_STREAM * own_streams)
         return [
             SampleReader(
-                ShardReader(shards, mixture.cache, max_open),
+                mixture.reader(number, max_open),
                 order,
                 name=dataset.name,
                 transform=dataset.transform,
                 seed=mixture.seed,
                 max_pixels=mixture.max_pixels,
-                fetch_ahead=any(is_remote(shard.url) for shard in shards),
+                fetch_ahead=any(is_remote(shard.url) for shard in mixture.shards[number]),
             )
-            for dataset, shards, order in zip(mixture.datasets, mixture.shards, mixture.orders, strict=True)
+            for number, (dataset, order) in enumerate(zip(mixture.datasets, mixture.orders, strict=True))
         ]
 
 

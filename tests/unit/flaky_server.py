@@ -19,6 +19,7 @@ class FlakyServer:
             ("silent", n) sends n bytes and then nothing for `silence_s`.
         ranges: answer range requests.
         chunked: say nothing about the length.
+        guarded: paths that begin so need `token` in the Authorization header.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -26,6 +27,8 @@ class FlakyServer:
     ranges: bool = True
     chunked: bool = False
     silence_s: float = 3.0
+    guarded: str | None = None
+    token: str = ""
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
@@ -41,6 +44,9 @@ def serve(server: FlakyServer) -> Iterator[FlakyServer]:
             server.headers.append(dict(self.headers))
             fault = server.faults.pop(0) if server.faults else None
             content = server.files.get(self.path)
+            refused = server.guarded and self.path.startswith(server.guarded)
+            if refused and self.headers.get("Authorization") != server.token:
+                fault = 403
             if isinstance(fault, int) or content is None:
                 self.send_response(fault or 404)
                 self.send_header("Content-Length", "0")
