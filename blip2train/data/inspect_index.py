@@ -105,6 +105,8 @@ def compare(folder: FolderIndex, summaries: Sequence[ShardSummary], findings: Fi
     for summary in summaries:
         name = file_name(summary.url)
         row = folder.index.get(name)
+        if summary.findings.counts["unreachable_shard"]:
+            continue
         if row is None:
             if folder.index:
                 findings.add("extra_shard", summary.url)

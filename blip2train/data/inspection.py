@@ -149,8 +149,8 @@ def inspect_shards(
     findings = Findings()
     for summary in summaries:
         findings.merge(summary.findings)
-    for folder, index in folders.items():
-        compare(index, [summary for summary in summaries if folder_of[summary.url] == folder], findings)
+    for folder, beside_it in folders.items():
+        compare(beside_it, [summary for summary in summaries if folder_of[summary.url] == folder], findings)
     find_duplicates(summaries, [folder_of[summary.url] for summary in summaries], findings, cache)
     return Inspection(summaries, findings, list(folders.values()))
 

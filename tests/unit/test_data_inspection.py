@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ from blip2train.data.inspect_record import CheckSettings
 from blip2train.data.inspect_shard import source_of
 from blip2train.data.inspection import Inspection, inspect_shards
 from blip2train.data.pack import pack_records
-from blip2train.data.shards import expand_urls
+from blip2train.data.shards import ShardCache, expand_urls
 from blip2train.microworld.pack import build_world
 from blip2train.microworld.scene import WorldSpec
 
@@ -259,6 +260,22 @@ def test_keys_and_ids_are_judged_within_a_folder_and_images_across_all(tmp_path:
     assert found(inspection) == expected
     (place,) = inspection.findings.examples["duplicate_image_other_id"]
     assert place == f"{urls[2]} z: has the image of {urls[0]} y"
+
+
+def test_remote_shards_are_checked_against_their_index_and_one_out_of_reach_is_named(
+    packed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = fsspec.filesystem("memory")
+    for path in packed.iterdir():
+        if path.is_file() and path.name != "shard-000001.tar":
+            store.pipe(f"/checked/{path.name}", path.read_bytes())
+    cache = ShardCache(tmp_path_factory.mktemp("cache"), attempts=1)
+    urls = [f"memory://checked/shard-{number:06d}.tar" for number in range(3)]
+    inspection = inspect_shards(urls, CheckSettings(min_side=8), cache=cache)
+    store.rm("/checked", recursive=True)
+    assert found(inspection) == {"unreachable_shard": 1}
+    assert inspection.total("records") == 20
+    assert inspection.findings.examples["unreachable_shard"][0].startswith(urls[1])
 
 
 @pytest.mark.slow
