@@ -4,6 +4,8 @@ config.yaml                          the resolved config
 manifest.json                        versions, git commit, seed, shard hash, exact command
 init.json                            where the first value of every trained tensor came from
 metrics.jsonl                        one object per logged step: "step", "train/loss", ...
+dropped.jsonl                        one object per record that could not be used: dataset, cause, shard, key
+data_report.json                     where too many of them stopped the run: counts and examples by source and cause
 checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
 eval/<benchmark>/metrics.json        name -> number
 eval/<benchmark>/predictions.jsonl   one object per prediction
@@ -58,6 +60,14 @@ class RunDir:
     @property
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def dropped_path(self) -> Path:
+        return self.path / "dropped.jsonl"
+
+    @property
+    def data_report_path(self) -> Path:
+        return self.path / "data_report.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -207,9 +207,14 @@ class _Start:
         self, config: DictConfig, built: DictConfig, run: RunDir, weights: InitialWeights, vocab_size: int
     ) -> None:
         from blip2train.callback.provenance import describe_run
-        from blip2train.data.shards import expand_urls
+        from blip2train.data.shards import ShardCache, expand_urls
 
-        shards = [url for dataset in built.data.datasets.values() for url in expand_urls(dataset.urls)]
+        datasets: Any = OmegaConf.to_container(built.data.datasets, resolve=True)
+        shards = [
+            url
+            for dataset in datasets.values()
+            for url in expand_urls(dataset["urls"], ShardCache(storage_options=dataset.get("storage_options")))
+        ]
         check_shipped_backbones(built, shards)
         self._run, self._weights = run, weights
         self._config_text = resolved_yaml(config)
@@ -220,6 +225,8 @@ class _Start:
         """Make the folder a run: config.yaml, manifest.json, init.json."""
         init = self._weights.as_json()
         self._run.path.mkdir(parents=True, exist_ok=True)
+        for stale in (self._run.dropped_path, self._run.data_report_path):  # of a run that never reached a checkpoint
+            stale.unlink(missing_ok=True)
         self._run.config_path.write_text(self._config_text, encoding="utf-8")
         write_json(self._run.manifest_path, self._facts | {"init": {key: init[key] for key in ("sources", "counts")}})
         write_json(self._run.init_path, init)

@@ -77,6 +77,7 @@ class DropLedger:
         minimum_records: seen of a dataset before its share is judged.
         log: JSONL file that takes every drop, one object per line (the first 10,000 of each dataset and cause; the
             counts go on). Its folder also takes `data_report.json` when the run is stopped.
+        setting: config key of the share, for the error; None where there is none to raise.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class DropLedger:
         max_dropped_share: float = 0.1,
         minimum_records: int = 100,
         log: Path | None = None,
+        setting: str | None = "data.max_dropped_share",
     ) -> None:
         self._max_dropped_share = max_dropped_share
         self._minimum_records = minimum_records
-        self._log = log
+        self._log, self._setting = log, setting
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in datasets}
         self._last: dict[str, str] = {}
         self._examples: dict[tuple[str, str], list[Drop]] = {}
@@ -202,8 +204,8 @@ class DropLedger:
             f"{num_dropped} of {num_seen} records of {name} cannot be used; allowed share is "
             f"{self._max_dropped_share:g}\n{self.table()}",
             where=self._last.get(name, f"dataset {name}"),
-            fix="repair or repack the data (`blip2train data check` names every defect), or raise "
-            "data.max_dropped_share",
+            fix="repair or repack the data (`blip2train data check` names every defect)"
+            + (f", or raise {self._setting} and resume" if self._setting else ""),
         )
 
 

@@ -26,7 +26,7 @@ from blip2train.data.caption import clean_caption
 from blip2train.data.drop import Drop, DropCause, DropLedger
 from blip2train.data.image_file import MAX_PIXELS, ImageTooLargeError
 from blip2train.data.image_transform import Transform, decode_image
-from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, expand_urls, read_shard
+from blip2train.data.shards import IMAGE_EXTENSIONS, RawRecord, open_shards, read_shard
 from blip2train.data.stored_tokens import DROPPED, TOKENS, StoredTokens
 from blip2train.errors import DataError
 
@@ -168,9 +168,9 @@ def read_eval_items(
     Raises:
         DataError: shards missing, a record that cannot be used (above the allowed share), or nothing left.
     """
-    ledger = ledger or DropLedger([dataset], max_dropped_share=0.0, minimum_records=1)
+    ledger = ledger or DropLedger([dataset], max_dropped_share=0.0, minimum_records=1, setting=None)
     num_read = 0
-    for index, record in enumerate(record for url in expand_urls(urls) for record in read_shard(url)):
+    for index, record in enumerate(record for shard in open_shards(urls) for record in read_shard(shard)):
         if index == limit:
             break
         num_read += 1

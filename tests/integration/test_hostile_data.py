@@ -94,6 +94,10 @@ def test_past_the_budget_the_run_stops_with_a_report(world: HostileWorld, tmp_pa
     assert report["counts"]["used"] + report["dropped"] == report["drawn"]
     rows = Counter(row["cause"] for row in read_jsonl(tmp_path / "run" / "dropped.jsonl"))
     assert rows == {cause: number for cause, number in report["counts"].items() if number and cause != "used"}
+    # the same run again, from its beginning: it never reached a checkpoint
+    again = train(world, tmp_path, "data.max_dropped_share=0.02")
+    assert again.returncode != 0
+    assert rows == Counter(row["cause"] for row in read_jsonl(tmp_path / "run" / "dropped.jsonl"))
     for cause, number in rows.items():
         assert f"{number} {cause}  e.g. {world.folder}" in done.stderr
         assert report["examples"][cause][0]["key"]

@@ -176,8 +176,9 @@ def test_ranks_share_the_items_without_overlap(tmp_path: Path, world_size: int) 
 
 def test_eval_refuses_a_corrupt_image_unless_told_otherwise(tmp_path: Path) -> None:
     write_shards(tmp_path, [4], broken={2: b"broken"})
-    with pytest.raises(DataError, match="r000002"):
+    with pytest.raises(DataError, match="r000002") as caught:
         list(read_eval_items(str(tmp_path), plain))
+    assert "max_dropped_share" not in caught.value.fix
     ledger = DropLedger(["check"], max_dropped_share=1.0)
     kept = list(read_eval_items(str(tmp_path), plain, ledger=ledger, dataset="check"))
     assert [item.image_id for item in kept] == [0, 1, 3]
