@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from blip2train.data.feature_cache import FeatureFacts, FinishedShard
     from blip2train.data.feature_writer import Encode
-    from blip2train.data.shards import Shard, ShardCache
+    from blip2train.data.shards import ShardReader
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +41,16 @@ _SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a cache is made of, and what of it is there: a source's shards and finished ones, by dataset."""
+    """What a cache is made of, and what of it is there: readers of the sources, and finished shards, by dataset."""
 
-    sources: dict[str, list[Shard]]
+    sources: dict[str, ShardReader]
     finished: dict[str, list[FinishedShard | None]]
 
     def records_to_do(self, rank: int = 0, world_size: int = 1) -> int:
         return sum(
             shard.num_records
-            for name, shards in self.sources.items()
-            for index, shard in enumerate(shards)
+            for name, reader in self.sources.items()
+            for index, shard in enumerate(reader.shards)
             if index % world_size == rank and self.finished[name][index] is None
         )
 
@@ -66,11 +66,12 @@ def run(config: DictConfig) -> None:
     quiet_libraries()
     rank, world_size, local_rank = distributed.launched_as()
     out = Path(config.out)
-    cache = build(config.data.cache)
-    plan = _plan(config, out, cache)
+    plan = _plan(config, out)
     if rank == 0:
         _report_size(config, plan, out)
-    device = choose_device(f"cuda:{local_rank}" if local_rank and config.device == "auto" else config.device)
+    device = choose_device(config.device)
+    if device.type == "cuda" and device.index is None:
+        device = choose_device(f"cuda:{local_rank}")
     encoder = _build_encoder(config, device)
     claim_folder(out, _facts(config, encoder))
     writer = FeatureWriter(
@@ -80,15 +81,14 @@ def run(config: DictConfig) -> None:
         num_threads=max(1, config.data.num_workers),
         ledger=DropLedger(list(plan.sources), config.data.max_dropped_share),
         max_pixels=config.data.max_pixels,
-        cache=cache,
     )
     whole = {}
     with show_progress("encoding") as progress:
         count = _Count(progress, plan.records_to_do(rank, world_size))
-        for name, shards in plan.sources.items():
-            whole[name] = writer.write(name, shards, out / name, rank=rank, world_size=world_size, progress=count.add)
+        for name, reader in plan.sources.items():
+            whole[name] = writer.write(name, reader, out / name, rank=rank, world_size=world_size, progress=count.add)
     if all(whole.values()):
-        _report_outcome(_plan(config, out, cache), out)
+        _report_outcome(_plan(config, out), out)
     else:
         log.info("process %d of %d is done; the last one to end completes %s", rank + 1, world_size, out)
 
@@ -125,17 +125,21 @@ def _check(config: DictConfig) -> None:
     encoder_facts(config)
 
 
-def _plan(config: DictConfig, out: Path, cache: ShardCache) -> _Plan:
+def _plan(config: DictConfig, out: Path) -> _Plan:
     from blip2train.data.feature_cache import read_finished
-    from blip2train.data.shards import open_shards
+    from blip2train.data.shards import ShardCache, ShardReader, open_shards
 
-    sources = {str(dataset.name): open_shards(list(dataset.urls), cache) for dataset in config.data.datasets.values()}
+    cache = build(config.data.cache) or ShardCache()
+    sources = {}
+    for dataset in map(build, config.data.datasets.values()):
+        of_dataset = cache.with_options(dataset.storage_options)
+        sources[dataset.name] = ShardReader(open_shards(dataset.urls, of_dataset, dataset.index), of_dataset)
     if not sources:
         raise ConfigError("the mixture has no datasets", where="data.datasets", fix="choose an experiment with data")
-    check_shipped_backbones(config, [shard.url for shards in sources.values() for shard in shards])
+    check_shipped_backbones(config, [shard.url for reader in sources.values() for shard in reader.shards])
     finished = {
-        name: [read_finished(out / name, index, shard) for index, shard in enumerate(shards)]
-        for name, shards in sources.items()
+        name: [read_finished(out / name, index, shard) for index, shard in enumerate(reader.shards)]
+        for name, reader in sources.items()
     }
     return _Plan(sources, finished)
 
@@ -149,9 +153,9 @@ def _report_size(config: DictConfig, plan: _Plan, out: Path) -> None:
     per_image = encoder.num_tokens * bytes_per_token(CODECS[config.codec], encoder.embed_dim)
     per_record = per_image + _OTHER_BYTES_PER_RECORD
     table = Table("dataset", "shards", "records", "size", title=f"{out}: features as {config.codec}")
-    for name, shards in plan.sources.items():
-        records = sum(shard.num_records for shard in shards)
-        table.add_row(name, f"{len(shards):,}", f"{records:,}", _size(records * per_record))
+    for name, reader in plan.sources.items():
+        records = sum(shard.num_records for shard in reader.shards)
+        table.add_row(name, f"{len(reader.shards):,}", f"{records:,}", _size(records * per_record))
     console = Console()
     console.print(table)
     needed, free = plan.records_to_do() * per_record, free_bytes(out)

@@ -63,6 +63,7 @@ def with_features(config: DictConfig) -> DictConfig:
     }
     for dataset in plain["data"]["datasets"].values():
         dataset["urls"] = [find_dataset(folder, dataset["name"])]
+        dataset |= {"index": None, "storage_options": {}}
         dataset["transform"] = {
             "_target_": "blip2train.data.stored_tokens.StoredTokens",
             "num_tokens": facts.num_tokens,

@@ -94,13 +94,13 @@ def claim_folder(folder: Path, facts: FeatureFacts) -> None:
     Raises:
         DataError: another cache, or something else, lies there.
     """
-    if not (folder / FEATURES_NAME).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise DataError(
-                "a folder with other files in it", where=str(folder), fix="choose another out=, or empty it"
-            )
-        write_json(folder / FEATURES_NAME, {"format": FORMAT, **asdict(facts)})
-        return
+    path = folder / FEATURES_NAME
+    # hidden: what another process of this call is just writing
+    others = [found for found in folder.iterdir() if found.name[0] != "."] if folder.is_dir() else []
+    if not path.is_file():
+        if others:
+            raise DataError("a folder with other files in it", where=str(folder), fix="choose another out=")
+        write_json(path, {"format": FORMAT, **asdict(facts)})
     changed = differences(asdict(read_facts(folder)), asdict(facts))
     if changed:
         raise DataError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from blip2train.data.feature_cache import FinishedShard, finish_dataset, note_fi
 from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.sample import to_sample
-from blip2train.data.shards import RawRecord, Shard, ShardCache, ShardReader
+from blip2train.data.shards import RawRecord, Shard, ShardReader
 from blip2train.data.stored_tokens import DROPPED, TOKENS
 from blip2train.data.tar_shard import TarShard
 
@@ -44,7 +44,6 @@ class FeatureWriter:
         num_threads: that decode images while the encoder runs.
         ledger: counts what is used and dropped, and stops the work past its budget.
         max_pixels: larger images are dropped undecoded, as in training.
-        cache: of remote shards; by default the one of the environment.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class FeatureWriter:
         num_threads: int,
         ledger: DropLedger,
         max_pixels: int = MAX_PIXELS,
-        cache: ShardCache | None = None,
     ) -> None:
         self._transform = transform
         self._encode = encode
@@ -63,12 +61,11 @@ class FeatureWriter:
         self._num_threads = num_threads
         self._ledger = ledger
         self._max_pixels = max_pixels
-        self._cache = cache
 
     def write(
         self,
         name: str,
-        sources: Sequence[Shard],
+        reader: ShardReader,
         folder: Path,
         *,
         rank: int = 0,
@@ -79,7 +76,7 @@ class FeatureWriter:
 
         Args:
             name: of the dataset.
-            sources: its shards.
+            reader: of its shards.
             folder: of its tokens.
             rank: takes the shards whose number is `rank` modulo `world_size`.
             world_size: number of processes.
@@ -92,7 +89,7 @@ class FeatureWriter:
             DataError: the dropped share is too large, or the folder holds the tokens of other shards.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        reader = ShardReader(sources, self._cache)
+        sources = reader.shards
         own = range(rank, len(sources), world_size)
         missing = [index for index in own if read_finished(folder, index, sources[index]) is None]
         for place, index in enumerate(missing):

@@ -72,7 +72,7 @@ def hostile_shards(folder: Path) -> list[Shard]:
 
 def test_the_cache_gives_the_samples_and_the_drops_of_its_source_in_their_places(tmp_path: Path) -> None:
     sources = hostile_shards(tmp_path / "source")
-    assert writer().write("pets", sources, tmp_path / "cache" / "pets")
+    assert writer().write("pets", ShardReader(sources), tmp_path / "cache" / "pets")
     cached = open_shards(find_dataset(tmp_path / "cache", "pets"))
     assert [shard.num_records for shard in cached] == [6, 5, 5, 5, 3]
     num_drops = 0
@@ -95,14 +95,16 @@ def test_the_cache_gives_the_samples_and_the_drops_of_its_source_in_their_places
 def test_drops_are_counted_by_cause_and_past_their_budget_the_work_stops(tmp_path: Path) -> None:
     sources = hostile_shards(tmp_path / "source")
     ledger = DropLedger(["pets"], max_dropped_share=1.0)
-    writer(ledger).write("pets", sources, tmp_path / "cache")
+    writer(ledger).write("pets", ShardReader(sources), tmp_path / "cache")
     notes = [json.loads(path.read_text())["dropped"] for path in sorted((tmp_path / "cache").glob("shard-*.json"))]
     assert notes[0] == notes[1] == {} and notes[4] == {"unreadable_shard": 3}
     causes = {cause for note in notes for cause in note}
     counts = ledger.counts()["pets"]
     assert {cause: counts[cause] for cause in causes} == {c: sum(n.get(c, 0) for n in notes) for c in causes}
     with pytest.raises(DataError, match=r"cannot be used; allowed share"):
-        writer(DropLedger(["pets"], max_dropped_share=0.1, minimum_records=5)).write("pets", sources, tmp_path / "b")
+        writer(DropLedger(["pets"], max_dropped_share=0.1, minimum_records=5)).write(
+            "pets", ShardReader(sources), tmp_path / "b"
+        )
 
 
 def test_an_interrupted_call_continues_after_its_last_whole_shard(tmp_path: Path) -> None:
@@ -117,13 +119,15 @@ def test_an_interrupted_call_continues_after_its_last_whole_shard(tmp_path: Path
         return as_tokens(images)
 
     with pytest.raises(KeyboardInterrupt):
-        writer(encoder=fails_in_the_second_shard).write("pets", sources, folder)
+        writer(encoder=fails_in_the_second_shard).write("pets", ShardReader(sources), folder)
     assert sorted(path.name for path in folder.iterdir()) == ["shard-000000.json", "shard-000000.tar"]
     with pytest.raises(ConfigError, match=r"holds only a part of dataset pets"):
         find_dataset(tmp_path / "cache", "pets")
     first = (folder / "shard-000000.tar").stat().st_mtime_ns
     rest: list[int] = []
-    assert writer(encoder=lambda images: rest.append(len(images)) or as_tokens(images)).write("pets", sources, folder)
+    assert writer(encoder=lambda images: rest.append(len(images)) or as_tokens(images)).write(
+        "pets", ShardReader(sources), folder
+    )
     assert sum(rest) == 18 and (folder / "shard-000000.tar").stat().st_mtime_ns == first
 
 
@@ -131,10 +135,10 @@ def test_processes_share_the_shards_and_the_last_one_completes_the_dataset(tmp_p
     write_shards(tmp_path / "source", [3, 4, 5])
     sources = open_shards(str(tmp_path / "source"))
     shared, alone = tmp_path / "shared" / "pets", tmp_path / "alone" / "pets"
-    assert not writer().write("pets", sources, shared, rank=1, world_size=2)
+    assert not writer().write("pets", ShardReader(sources), shared, rank=1, world_size=2)
     assert [path.name for path in shared.glob("*.tar")] == ["shard-000001.tar"]
-    assert writer().write("pets", sources, shared, rank=0, world_size=2)
-    assert writer().write("pets", sources, alone)
+    assert writer().write("pets", ShardReader(sources), shared, rank=0, world_size=2)
+    assert writer().write("pets", ShardReader(sources), alone)
     for name in ("index.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"):
         assert (shared / name).read_bytes() == (alone / name).read_bytes()
 
@@ -142,11 +146,11 @@ def test_processes_share_the_shards_and_the_last_one_completes_the_dataset(tmp_p
 def test_a_dataset_whose_shards_have_changed_is_not_continued(tmp_path: Path) -> None:
     write_shards(tmp_path / "source", [3, 4])
     sources = open_shards(str(tmp_path / "source"))
-    assert writer().write("pets", sources, tmp_path / "cache")
+    assert writer().write("pets", ShardReader(sources), tmp_path / "cache")
     with pytest.raises(DataError, match=r"the dataset's shards have changed"):
-        writer().write("pets", [sources[1], sources[0]], tmp_path / "cache")
+        writer().write("pets", ShardReader([sources[1], sources[0]]), tmp_path / "cache")
     with pytest.raises(DataError, match=r"1 shards more than the dataset has"):
-        writer().write("pets", sources[:1], tmp_path / "cache")
+        writer().write("pets", ShardReader(sources[:1]), tmp_path / "cache")
 
 
 def test_a_folder_is_one_cache_and_says_what_another_differs_in(tmp_path: Path) -> None:
@@ -189,6 +193,6 @@ def test_a_record_of_tokens_that_are_cut_off_or_missing_is_a_counted_drop(tmp_pa
 
 def test_members_of_a_shard_are_what_the_docs_say(tmp_path: Path) -> None:
     write_shards(tmp_path / "source", [2])
-    writer().write("pets", open_shards(str(tmp_path / "source")), tmp_path / "cache")
+    writer().write("pets", ShardReader(open_shards(str(tmp_path / "source"))), tmp_path / "cache")
     with tarfile.open(fileobj=io.BytesIO((tmp_path / "cache" / "shard-000000.tar").read_bytes())) as tar:
         assert sorted(tar.getnames()) == ["r000000.json", "r000000.tokens", "r000001.json", "r000001.tokens"]
