@@ -82,13 +82,10 @@ def windows(items: Iterable[EvalItem], size: int) -> Iterator[list[EvalItem]]:
         yield buffer
 
 
-def share_of_records(urls: Sequence[str], limit: int | None) -> int | None:
-    """How many records this rank will read, for a progress bar's end; None where a shard has no index beside it."""
-    counts = [shard.num_records for shard in open_shards(urls)]
-    known = [count for count in counts if count is not None]
-    if len(known) < len(counts):
-        return None
-    total = sum(known) if limit is None else min(limit, sum(known))
+def share_of_records(urls: Sequence[str], limit: int | None) -> int:
+    """How many records this rank will read, for a progress bar's end."""
+    num_records = sum(shard.num_records for shard in open_shards(urls))
+    total = num_records if limit is None else min(limit, num_records)
     return len(range(rank(), total, world_size()))
 
 

@@ -70,13 +70,13 @@ def test_pictures_are_kept_as_they_were_before_the_encoders_transform(tmp_path: 
         assert picture.mean(axis=(0, 1)).argmax() == channel
 
 
-def test_progress_knows_its_end_where_the_shards_have_an_index(tmp_path: Path) -> None:
+def test_progress_knows_its_end_with_and_without_an_index(tmp_path: Path) -> None:
     urls = write_records(tmp_path, [make_record(str(index), "red", ["red"]) for index in range(7)])
     assert share_of_records(urls, None) == 7
     assert share_of_records(urls, 3) == 3
     assert share_of_records(urls, 100) == 7
     (tmp_path / "index.json").unlink()
-    assert share_of_records(urls, None) is None
+    assert share_of_records(urls, None) == 7
 
 
 def test_run_folder_keeps_pictures_by_key_and_drops_those_of_an_earlier_evaluation(tmp_path: Path) -> None:
