@@ -8,7 +8,7 @@ silence: what is not packed is counted by cause and named.
                                source, less those left out, whoever writes it and whenever
     out/index.json             records, bytes and sha256 per shard
     out/manifest.json          source, settings, counts, what was left out and why; written last
-    out/skipped.jsonl          every row left out, with its cause, if there is one
+    out/skipped.jsonl          everything left out, with its cause, if there is anything
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from blip2train.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-_DUPLICATES_NAME = "duplicates.jsonl"
+_LISTED_NAME = "listed.jsonl"
 _DISK_MARGIN = 1.25
 """The records so far may be larger than the rest: only a disk that is clearly too small ends the work early."""
 
@@ -88,7 +88,7 @@ def pack(
     start = time.monotonic()
     with PackFolder(Path(out), identity) as folder:
         try:
-            duplicates = _Duplicates(folder.work / _DUPLICATES_NAME)
+            duplicates = _Duplicates(folder.work / _LISTED_NAME, source)
             with duplicates:
                 _make_all(source, folder, settings, duplicates, workers, max_skipped_share, progress)
             _check_budget(folder, duplicates, max_skipped_share, folder.totals.rows + duplicates.count)
@@ -161,13 +161,18 @@ class _Records:
 
 
 class _Duplicates:
-    """Rows whose key an earlier one has; every one is named in a file, made anew by every call."""
+    """Rows whose key an earlier one has.
 
-    def __init__(self, path: Path) -> None:
+    They, and what the source leaves out, are named in a file that every call makes anew; what is left out of the shards
+    is in their reports.
+    """
+
+    def __init__(self, path: Path, source: Source) -> None:
         self.path = path
-        self.skipped = Skipped()
+        self.skipped = Skipped(tell=self._tell)
         self._seen = KeySet()
         self._file: IO[str] | None = None
+        source.skipped.tell = self._tell
 
     def __enter__(self) -> None:
         self._file = self.path.open("w", encoding="utf-8")
@@ -176,13 +181,16 @@ class _Duplicates:
         if self._file is not None:
             self._file.close()
 
+    def _tell(self, cause: str, name: str, count: int) -> None:
+        assert self._file is not None
+        self._file.write(pack_manifest.skip_line(cause, name, count))
+
     @property
     def count(self) -> int:
         return sum(self.skipped.counts.values())
 
     def without(self, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
         """The rows whose key is new."""
-        assert self._file is not None
         rows = iter(rows)
         while batch := list(itertools.islice(rows, batch_size)):
             for row, is_new in zip(batch, self._seen.add([row.key for row in batch]), strict=True):
@@ -190,7 +198,6 @@ class _Duplicates:
                     yield row
                 else:
                     self.skipped.add("duplicate_key", row.name)
-                    self._file.write(pack_manifest.skip_line("duplicate_key", row.name))
 
 
 def _make_all(

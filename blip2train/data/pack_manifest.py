@@ -38,7 +38,7 @@ _LIBRARIES = ("torch", "torchvision")
 def close(
     folder: PackFolder,
     skipped: Skipped,
-    duplicates: Path,
+    listed: Path,
     notes: Mapping[str, Any],
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def close(
     Args:
         folder: with every shard finished.
         skipped: what was left out before it came to a shard, duplicates among it.
-        duplicates: file that names every duplicate, as lines of skipped.jsonl.
+        listed: file that names each of them, as lines of skipped.jsonl.
         notes: of the source.
         made: what may differ between equal data sets: seconds, processes.
 
@@ -57,7 +57,7 @@ def close(
     Raises:
         DataError: there is no record.
     """
-    sums, in_rows, lines = _add_up(folder, duplicates)
+    sums, in_rows, lines = _add_up(folder, listed)
     skipped = skipped.merged(in_rows)
     manifest = _to_manifest(folder.identity, sums, skipped, notes, made)
     if not sums.entries:
@@ -79,9 +79,9 @@ def close(
     return manifest
 
 
-def skip_line(cause: str, name: str) -> str:
-    """One line of skipped.jsonl."""
-    return json.dumps({"cause": cause, "name": name}) + "\n"
+def skip_line(cause: str, name: str, count: int = 1) -> str:
+    """One line of skipped.jsonl; a line may stand for many."""
+    return json.dumps({"cause": cause, "name": name} | ({"count": count} if count != 1 else {})) + "\n"
 
 
 @dataclass
@@ -109,10 +109,10 @@ class _Sums:
         self.short_sides.update(report.short_sides)
 
 
-def _add_up(folder: PackFolder, duplicates: Path) -> tuple[_Sums, Skipped, Path]:
+def _add_up(folder: PackFolder, listed: Path) -> tuple[_Sums, Skipped, Path]:
     sums, skipped = _Sums(), Skipped()
     path = folder.work / SKIPPED_NAME
-    with path.open("w", encoding="utf-8") as lines, duplicates.open(encoding="utf-8") as first:
+    with path.open("w", encoding="utf-8") as lines, listed.open(encoding="utf-8") as first:
         shutil.copyfileobj(first, lines)
         for report in folder.reports():
             sums.add(report)

@@ -14,11 +14,11 @@ from blip2train.data.source.base import Row, Skipped
 
 
 class ListSource:
-    """Rows as they are given; `skipped` is what the source claims to have left out."""
+    """Rows as they are given, after `bad_lines` that could not be read."""
 
-    def __init__(self, rows: list[Row], name: str = "list", skipped: Skipped | None = None) -> None:
-        self._rows, self._name = rows, name
-        self.skipped = skipped or Skipped()
+    def __init__(self, rows: list[Row], name: str = "list", bad_lines: int = 0) -> None:
+        self._rows, self._name, self._bad_lines = rows, name, bad_lines
+        self.skipped = Skipped()
         self.stop_before: int | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -31,6 +31,9 @@ class ListSource:
         return {"failed_downloads": {"404": 3}}
 
     def rows(self) -> Iterator[Row]:
+        self.skipped = self.skipped.fresh()
+        for number in range(self._bad_lines):
+            self.skipped.add("bad_json", f"line {number}")
         for index, row in enumerate(self._rows):
             if index == self.stop_before:
                 raise KeyboardInterrupt

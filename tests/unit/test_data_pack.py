@@ -17,7 +17,7 @@ from blip2train.data.image_transform import decode_image
 from blip2train.data.pack import pack, pack_records
 from blip2train.data.pack_worker import PackSettings
 from blip2train.data.sample import read_eval_items
-from blip2train.data.source.base import Row, Skipped
+from blip2train.data.source.base import Row
 from blip2train.data.source.folder import FolderSource
 from blip2train.data.tar_shard import TarShard
 from blip2train.errors import ConfigError, DataError
@@ -73,18 +73,17 @@ def test_what_is_left_out_is_counted_named_and_listed(tmp_path: Path) -> None:
     all_rows = write_images(tmp_path / "images", 24)
     all_rows[5] = Row("k0", "again.jpg", {"captions": ["the key of the first"]}, all_rows[5].image)
     all_rows[8] = Row("k8", "8.jpg", {"captions": ["\ud800"]}, all_rows[8].image)
-    source_skipped = Skipped()
-    source_skipped.add("bad_json", "line 7")
     out = tmp_path / "out"
-    manifest = pack(ListSource(all_rows, skipped=source_skipped), out, SETTINGS)
+    manifest = pack(ListSource(all_rows, bad_lines=30), out, SETTINGS)
     assert manifest["skipped"] == {
-        "bad_json": 1, "bad_text": 1, "corrupt_image": 2, "duplicate_key": 1, "missing_image": 3,
+        "bad_json": 30, "bad_text": 1, "corrupt_image": 2, "duplicate_key": 1, "missing_image": 3,
     }  # fmt: skip
     assert manifest["num_records"] == 24 - 7 and manifest["num_rows"] == 23
     assert manifest["skipped_examples"]["missing_image"] == ["6.jpg", "13.jpg", "20.jpg"]
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
-    assert listed[0] == {"cause": "duplicate_key", "name": "again.jpg"}
-    assert [row["name"] for row in listed[1:]] == ["6.jpg", "8.jpg", "10.jpg", "13.jpg", "20.jpg", "21.jpg"]
+    assert [row["name"] for row in listed[:30]] == [f"line {number}" for number in range(30)]
+    assert listed[30] == {"cause": "duplicate_key", "name": "again.jpg"}
+    assert [row["name"] for row in listed[31:]] == ["6.jpg", "8.jpg", "10.jpg", "13.jpg", "20.jpg", "21.jpg"]
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert len(items(out)) == 17
 

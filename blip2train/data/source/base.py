@@ -67,13 +67,26 @@ class Row:
 
 @dataclass
 class Skipped:
-    """What was left out: counts by cause, and the first names of each."""
+    """What was left out: counts by cause, and the first names of each.
+
+    Args:
+        counts: by cause.
+        examples: the first names, by cause.
+        tell: hears of every one, (cause, name, count), for the full list.
+    """
 
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    tell: Callable[[str, str, int], None] | None = None
+
+    def fresh(self) -> Skipped:
+        """Nothing left out so far, told to the same listener."""
+        return Skipped(tell=self.tell)
 
     def add(self, cause: str, name: str, count: int = 1) -> None:
         self.counts[cause] += count
+        if self.tell is not None:
+            self.tell(cause, name, count)
         if len(self.examples[cause]) < _NAMED_EXAMPLES:
             self.examples[cause].append(name)
 
@@ -141,15 +154,29 @@ def is_image(name: str) -> bool:
     return Path(name).suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
 
 
-def existing(path: str | Path) -> Path:
+def existing_folder(path: str | Path) -> Path:
     """The path, expanded.
 
     Raises:
-        DataError: nothing is there.
+        DataError: no folder is there.
     """
     found = Path(path).expanduser()
-    if not found.exists():
-        raise DataError(f"no file or folder {found}", where=f"working folder {Path.cwd()}", fix="check the path")
+    if not found.is_dir():
+        what = "a file where a folder is expected" if found.exists() else f"no folder {found}"
+        raise DataError(what, where=f"{found} (working folder {Path.cwd()})", fix="check the path")
+    return found
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path, expanded.
+
+    Raises:
+        DataError: no file is there.
+    """
+    found = Path(path).expanduser()
+    if not found.is_file():
+        what = "a folder where a file is expected" if found.exists() else f"no file {found}"
+        raise DataError(what, where=f"{found} (working folder {Path.cwd()})", fix="check the path")
     return found
 
 

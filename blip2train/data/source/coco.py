@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing, sha256
+from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing_file, existing_folder, sha256
 from blip2train.data.source.json_file import load_json, opens_with, wrong_file
 from blip2train.errors import DataError
 
@@ -58,8 +58,8 @@ class CocoSource:
         subfolders: tuple[str, ...] = COCO_FOLDERS,
     ) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), subfolders)
-        self._path, self._kind = existing(annotations), kind
+        self._folders = Folders(existing_folder(images), subfolders)
+        self._path, self._kind = existing_file(annotations), kind
         if opens_with(self._path) != "{":
             raise wrong_file(self._path, _EXPECTED)
         content = load_json(self._path)
@@ -77,7 +77,7 @@ class CocoSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of `images`; captions of no image are counted."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         captions = self._captions()
         for image in self._images:
             name = str(image["file_name"])

@@ -15,7 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Folders, Row, Skipped, existing, first_image_id, safe_key, sha256
+from blip2train.data.source.base import (
+    Folders,
+    Row,
+    Skipped,
+    existing_file,
+    existing_folder,
+    first_image_id,
+    safe_key,
+    sha256,
+)
 from blip2train.data.source.karpathy import FLICKR_FOLDERS
 from blip2train.data.source.merge import Entry, Merged
 from blip2train.errors import DataError
@@ -34,8 +43,8 @@ class Flickr30kTokenSource:
 
     def __init__(self, images: str | Path, captions: str | Path) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), FLICKR_FOLDERS)
-        self._path = existing(captions)
+        self._folders = Folders(existing_folder(images), FLICKR_FOLDERS)
+        self._path = existing_file(captions)
         if not any(True for _ in self._entries(Skipped())):
             raise DataError(
                 "no line of the form NAME.jpg#0<tab>caption",
@@ -53,7 +62,7 @@ class Flickr30kTokenSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the file."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         for name, fields in self._merged.entries(self.skipped):
             stem = Path(name).stem
             fields["image_id"] = first_image_id(stem)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2train.data.source.base import Row, Skipped, existing, is_image, safe_key, sha256
+from blip2train.data.source.base import Row, Skipped, existing_file, existing_folder, is_image, safe_key, sha256
 from blip2train.data.source.merge import Merged
 from blip2train.data.source.table import TABLE_SUFFIXES, Columns, read_table
 from blip2train.errors import ConfigError
@@ -50,7 +50,7 @@ class FolderSource:
         ignored: Sequence[Path] = (),
     ) -> None:
         self.skipped = Skipped()
-        self._images, self._captions = existing(images), existing(captions)
+        self._images, self._captions = existing_folder(images), existing_file(captions)
         self._ignored = ignored
         self._columns = Columns(image_column, captions_column)
         self._merged = Merged(lambda skipped: read_table(self._captions, self._columns, skipped))
@@ -70,7 +70,7 @@ class FolderSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the file; at its end the images that no line speaks of are counted."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         roots = dict.fromkeys(os.path.abspath(folder) for folder in (self._images, self._captions.parent))  # noqa: PTH100
         used = array("Q")
         for name, fields in self._merged.entries(self.skipped):
@@ -110,7 +110,7 @@ class TextBesideSource:
 
     def __init__(self, images: str | Path, *, ignored: Sequence[Path] = ()) -> None:
         self.skipped = Skipped()
-        self._images, self._ignored = existing(images), ignored
+        self._images, self._ignored = existing_folder(images), ignored
         if not any(row.texts for row in self._find(Skipped())):
             raise ConfigError(
                 f"no captions for the images in {self._images}",
@@ -128,7 +128,7 @@ class TextBesideSource:
         return sum(1 for _ in self._find(Skipped()))
 
     def rows(self) -> Iterator[Row]:
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         yield from self._find(self.skipped)
 
     def notes(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing, safe_key, sha256
+from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing_file, existing_folder, safe_key, sha256
 from blip2train.data.source.json_file import load_json, opens_with, wrong_file
 from blip2train.data.source.visual_genome import VISUAL_GENOME_FOLDERS, VISUAL_GENOME_ID
 
@@ -41,8 +41,8 @@ class GqaSource:
 
     def __init__(self, images: str | Path, files: Sequence[str | Path]) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), ("images", *VISUAL_GENOME_FOLDERS))
-        self._paths = [existing(path) for path in files]
+        self._folders = Folders(existing_folder(images), ("images", *VISUAL_GENOME_FOLDERS))
+        self._paths = [existing_file(path) for path in files]
         self._by_image: dict[str, list[tuple[str, dict[str, Any]]]] = {}
         for path in self._paths:
             content = load_json(path, _slim_question) if opens_with(path) == "{" else {}
@@ -61,7 +61,7 @@ class GqaSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the images' first questions."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         for image_id, found in self._by_image.items():
             name = f"{image_id}.jpg"
             questions = [_to_question(question_id, row) for question_id, row in found]

@@ -28,7 +28,7 @@ from typing import Any
 
 from blip2train.data.shard_table import ShardTable
 from blip2train.data.shards import IMAGE_EXTENSIONS
-from blip2train.data.source.base import Fields, FileSlice, Row, Skipped, existing, safe_key
+from blip2train.data.source.base import Fields, FileSlice, Row, Skipped, existing_folder, safe_key
 from blip2train.data.source.folder import files_below, rows_beside
 from blip2train.data.source.json_file import load_json
 from blip2train.errors import DataError
@@ -52,14 +52,15 @@ class Img2DatasetSource:
     def __init__(self, folder: str | Path, *, kind: str = "img2dataset", ignored: Sequence[Path] = ()) -> None:
         self.skipped = Skipped()
         self._damaged: list[str] = []
-        self._folder, self._kind = existing(folder), kind
+        path = Path(folder).expanduser()
+        self._folder, self._kind = path if path.is_file() else existing_folder(path), kind
         self._parts = _find_parts(self._folder, ignored)
         if not self._parts:
             raise DataError(
-                "neither NNNNN.tar nor NNNNN/ with NNNNN.parquet",
-                where=str(self._folder),
-                fix="give the --output_folder of img2dataset, run with --output_format webdataset or files; the "
-                f"command for {kind} is in the header of configs/data/dataset/*.yaml",
+                "a file" if path.is_file() else "neither NNNNN.tar nor NNNNN/ with NNNNN.parquet",
+                where=str(path),
+                fix="give the --output_folder of img2dataset, run with --output_format webdataset or files; a list of "
+                "urls is fetched first, with the command in configs/data/dataset/cc3m.yaml, sbu.yaml or laion_115m.yaml",
             )
         self._stats = {part: _read_stats(part) for part in self._parts}
 
@@ -78,7 +79,7 @@ class Img2DatasetSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the shards' names, inside a shard as it was written (files: by name)."""
-        self.skipped, self._damaged = Skipped(), []
+        self.skipped, self._damaged = self.skipped.fresh(), []
         for part in self._parts:
             place = part.relative_to(self._folder).parent
             num_known = -sum(self.skipped.counts.values())

@@ -17,6 +17,8 @@ from typing import Any
 from blip2train.errors import DataError
 
 _CHUNK = 1 << 20
+_BROKEN = "surrogateescape"
+"""Bytes that are no UTF-8 become marks, which the packer finds: they cost a record, not the file."""
 _BETWEEN = ", \t\r\n"
 
 
@@ -27,7 +29,7 @@ def load_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = 
         DataError: it is no JSON.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", errors=_BROKEN) as file:
             return json.load(file, object_hook=object_hook)
     except ValueError as error:
         raise DataError(
@@ -42,7 +44,7 @@ def iterate_list(path: Path) -> Iterator[Any]:
         DataError: it is no JSON, or another JSON than a list.
     """
     decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors=_BROKEN) as file:
         text = file.read(_CHUNK).lstrip()
         if not text.startswith("["):
             raise DataError(f"{describe(path)} where a list is expected", where=str(path), fix="check the file")

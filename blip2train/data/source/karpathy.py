@@ -18,7 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Fields, Folders, Row, Skipped, captions_of, existing, first_image_id
+from blip2train.data.source.base import (
+    Fields,
+    Folders,
+    Row,
+    Skipped,
+    captions_of,
+    existing_file,
+    existing_folder,
+    first_image_id,
+)
 from blip2train.data.source.base import sha256 as file_sha256
 from blip2train.data.source.coco import COCO_FOLDERS, coco_candidates
 from blip2train.data.source.json_file import load_json, opens_with, wrong_file
@@ -47,8 +56,8 @@ class KarpathySource:
         self, images: str | Path, annotations: str | Path, *, split: str | None = None, kind: str = "karpathy"
     ) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), (*COCO_FOLDERS, *FLICKR_FOLDERS))
-        self._path, self._kind = existing(annotations), kind
+        self._folders = Folders(existing_folder(images), (*COCO_FOLDERS, *FLICKR_FOLDERS))
+        self._path, self._kind = existing_file(annotations), kind
         content = load_json(self._path, _without_tokens) if opens_with(self._path) == "{" else {}
         images_found = content.get("images")
         if not images_found or not isinstance(images_found, list) or "sentences" not in images_found[0]:
@@ -73,7 +82,7 @@ class KarpathySource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the file."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         for image in self._images:
             try:
                 name = str(Path(image.get("filepath", "")) / image["filename"])

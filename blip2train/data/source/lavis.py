@@ -24,7 +24,8 @@ from blip2train.data.source.base import (
     Row,
     Skipped,
     captions_of,
-    existing,
+    existing_file,
+    existing_folder,
     first_image_id,
     is_text,
     sha256,
@@ -60,8 +61,8 @@ class LavisSource:
         id_prefix: str = "",
     ) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), subfolders, foreign=True)
-        self._path, self._kind, self._id_prefix = existing(annotations), kind, id_prefix
+        self._folders = Folders(existing_folder(images), subfolders, foreign=True)
+        self._path, self._kind, self._id_prefix = existing_file(annotations), kind, id_prefix
         if not is_lavis_list(self._path):
             raise wrong_file(self._path, "a list of objects with `image` and `caption` or `question`")
         self._merged = Merged(self._entries)
@@ -75,7 +76,7 @@ class LavisSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the images' first objects."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         for name, fields in self._merged.entries(self.skipped):
             yield Row(self._folders.key(name), name, fields, coco_candidates(self._folders, name))
 

@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Folders, Row, Skipped, existing, safe_key, sha256
+from blip2train.data.source.base import Folders, Row, Skipped, existing_file, existing_folder, safe_key, sha256
 from blip2train.errors import DataError
 
 _EXPECTED = "SBU_captioned_photo_dataset_urls.txt and SBU_captioned_photo_dataset_captions.txt"
@@ -37,8 +37,8 @@ class SbuSource:
 
     def __init__(self, images: str | Path, files: Sequence[str | Path]) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), ("dataset", "images"))
-        paths = [existing(path) for path in files]
+        self._folders = Folders(existing_folder(images), ("dataset", "images"))
+        paths = [existing_file(path) for path in files]
         urls = [path for path in paths if _starts_with_url(path)]
         if len(paths) != 2 or len(urls) != 1:
             raise DataError(
@@ -65,7 +65,7 @@ class SbuSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the lists."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         with self._urls.open("rb") as urls, self._captions.open("rb") as captions:
             for number, (raw_url, raw_caption) in enumerate(zip_longest(urls, captions), start=1):
                 try:

@@ -21,7 +21,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from blip2train.data.source.base import Fields, Folders, Row, Skipped, captions_of, existing, sha256
+from blip2train.data.source.base import (
+    Fields,
+    Folders,
+    Row,
+    Skipped,
+    captions_of,
+    existing_file,
+    existing_folder,
+    sha256,
+)
 from blip2train.data.source.json_file import iterate_list, opens_with, wrong_file
 
 VISUAL_GENOME_FOLDERS = ("VG_100K", "VG_100K_2", "images", "images/VG_100K", "images/VG_100K_2")
@@ -46,8 +55,8 @@ class VisualGenomeSource:
 
     def __init__(self, images: str | Path, annotations: str | Path, *, part: Part) -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), VISUAL_GENOME_FOLDERS)
-        self._path, self._part = existing(annotations), part
+        self._folders = Folders(existing_folder(images), VISUAL_GENOME_FOLDERS)
+        self._path, self._part = existing_file(annotations), part
         first = next(iterate_list(self._path), None) if opens_with(self._path) == "[" else None
         if not isinstance(first, dict) or part not in first:
             raise wrong_file(self._path, f"Visual Genome's {_EXPECTED[part]}")
@@ -62,7 +71,7 @@ class VisualGenomeSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the file."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         for index, element in enumerate(iterate_list(self._path)):
             entries = element.get(self._part) if isinstance(element, dict) else None
             image_id = _image_id(element, entries)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing, sha256
+from blip2train.data.source.base import Fields, Folders, Row, Skipped, existing_file, existing_folder, sha256
 from blip2train.data.source.coco import COCO_FOLDERS, coco_candidates
 from blip2train.data.source.json_file import load_json, opens_with, wrong_file
 from blip2train.errors import DataError
@@ -46,8 +46,8 @@ class VqaSource:
 
     def __init__(self, images: str | Path, files: Sequence[str | Path], *, kind: str = "vqav2") -> None:
         self.skipped = Skipped()
-        self._folders = Folders(existing(images), COCO_FOLDERS)
-        self._paths, self._kind = [existing(path) for path in files], kind
+        self._folders = Folders(existing_folder(images), COCO_FOLDERS)
+        self._paths, self._kind = [existing_file(path) for path in files], kind
         questions, annotations = self._load()
         self._subtype = str(questions.get("data_subtype", ""))
         if annotations is None and not self._subtype.startswith("test"):
@@ -77,7 +77,7 @@ class VqaSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of the images' first questions; questions without answers, and the reverse, are counted."""
-        self.skipped = Skipped()
+        self.skipped = self.skipped.fresh()
         by_image: dict[int, list[Fields]] = {}
         for row in self._questions:
             try:
