@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather as all_gather_with_grad
 
 _pretended_ranks = 1
-_LAUNCHED = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 
 
 @contextlib.contextmanager
@@ -47,11 +47,16 @@ def world_size() -> int:
 
 
 def launched_as() -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine) as torchrun states them in the environment; (0, 1, 0) without it.
+    """(rank, world size, rank on this machine) as torchrun or srun states them; (0, 1, 0) without either.
 
     For tools whose processes share files and nothing else: they need no process group.
     """
-    return tuple(int(os.environ.get(name, default)) for name, default in _LAUNCHED)  # type: ignore[return-value]
+    for names in _LAUNCHERS:
+        stated = [os.environ.get(name) for name in names]
+        if all(stated):
+            rank, world, local_rank = (int(value) for value in stated if value)
+            return rank, world, local_rank
+    return 0, 1, 0
 
 
 def is_main() -> bool:

@@ -86,7 +86,14 @@ class Job:
                 fix="repeat the call with the settings it was begun with, choose another out=, or delete this one",
             )
 
-    def work(self, process: ProcessShard, rank: int, world: int, progress: Callable[[], None]) -> None:
+    def work(
+        self,
+        process: ProcessShard,
+        rank: int,
+        world: int,
+        progress: Callable[[], None],
+        prefetch: Callable[[Shard], None] = lambda shard: None,
+    ) -> None:
         """Do shards until none is left that nobody has taken: first every `world`-th one, then others' leftovers.
 
         Args:
@@ -94,10 +101,13 @@ class Job:
             rank: of this process.
             world: number of processes.
             progress: called often.
+            prefetch: called with the own shard that comes after the one about to be done.
         """
         own = range(rank, len(self.shards), world)
         mine = set(own)
         for index in [*own, *(index for index in range(len(self.shards)) if index not in mine)]:
+            if index + world in mine and not self._has(index + world):
+                prefetch(self.shards[index + world])
             with self._claim(index, is_own=index in mine) as lock:
                 if lock is not None:
                     self._do(index, process, lock, progress)

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli.config import quiet_libraries, require_filled, run_verb
+from blip2train.cli.processes import children, choose_device, count_children
 from blip2train.cli.progress import show_progress
 from blip2train.errors import ConfigError
 
@@ -28,15 +23,11 @@ if TYPE_CHECKING:
     from blip2train.capfilt.ranker import Ranker
     from blip2train.capfilt.shard import ShardSettings
     from blip2train.cli.progress import ShowProgress
-    from blip2train.data.shards import Shard
+    from blip2train.data.shards import Shard, ShardCache
 
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 2.0
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-)
 
 
 def main() -> None:
@@ -63,18 +54,18 @@ def capfilt(config: DictConfig) -> dict[str, Any] | None:
     from blip2train.capfilt.captioner import CaptionSettings
     from blip2train.capfilt.finish import finish
     from blip2train.capfilt.shard import ShardSettings
+    from blip2train.distributed import launched_as
     from blip2train.report.capfilt import write_page
 
     writing = CaptionSettings(**dict(config.captioner.settings))
     rule = KeepRule(**dict(config.rule))
     settings = ShardSettings(rule, config.store_all, config.batch_size, config.keep_unusable)
-    rank, world, local_rank = place_of_process()
+    rank, world, local_rank = launched_as()
     device = choose_device(config.device, local_rank)
     job = open_job(config, writing, settings, device)
     if not job.is_done():
-        num_children = 0 if world > 1 else num_processes(config, device) - 1
-        _check_launcher(config, world)
-        with children(num_children):
+        num_children = count_children(config.num_processes, world, config.device)
+        with children("blip2train.cli.capfilt", num_children):
             share = (rank, max(world, num_children + 1))
             work(config, job, writing, settings, device, share)
     if not job.is_done():
@@ -115,9 +106,17 @@ def open_job(config: DictConfig, writing: CaptionSettings, settings: ShardSettin
         ),
         "shards": asdict(settings),
     }
-    job = Job(open_shards(urls), config.out, identity)
+    job = Job(open_shards(urls, open_cache(config), config.index), config.out, identity)
     job.prepare()
     return job
+
+
+def open_cache(config: DictConfig) -> ShardCache:
+    """Where remote shards are put to be read."""
+    from blip2train.data.shards import ShardCache
+
+    options: Any = OmegaConf.to_container(config.storage_options)
+    return ShardCache(**OmegaConf.to_container(config.cache), storage_options=options)  # type: ignore[arg-type]
 
 
 def work(
@@ -139,10 +138,14 @@ def work(
     ranker = load_ranker(config, device)
     ledger = new_ledger(job, config.max_dropped_share)
     rank, world = share
+    cache = open_cache(config)
+
+    def prefetch(shard: Shard) -> None:
+        cache.prefetch([shard])
 
     def process(shard: Shard, out: Path, progress: Any) -> ShardResult:
         try:
-            result = process_shard(shard, out, captioner, ranker, settings, progress)
+            result = process_shard(shard, out, captioner, ranker, settings, progress, cache)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"{device} has too little memory ({str(error).splitlines()[0]})",
@@ -153,11 +156,11 @@ def work(
         return result
 
     if rank:
-        job.work(process, rank, world, lambda: None)
+        job.work(process, rank, world, lambda: None, prefetch)
         return
     with show_progress("capfilt") as show:
         show(job.num_read(), job.num_records)
-        job.work(process, rank, world, _looking(job, show))
+        job.work(process, rank, world, _looking(job, show), prefetch)
         show(job.num_read(), job.num_records)
 
 
@@ -177,73 +180,6 @@ def load_ranker(config: DictConfig, device: torch.device) -> Ranker:
 
     kind = OpenClipRanker if config.ranker.model.startswith(PREFIX) else TransformersRanker
     return kind(config.ranker.model, device, config.ranker.dtype)
-
-
-def place_of_process(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine), as torchrun or srun say; (0, 1, 0) without them."""
-    for names in _LAUNCHERS:
-        found = [environment.get(name) for name in names]
-        if all(found):
-            rank, world, local_rank = map(int, filter(None, found))
-            return rank, world, local_rank
-    return 0, 1, 0
-
-
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto` gives every process of a machine a GPU of its own, as long as there are some."""
-    import torch
-
-    if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("cpu" if name == "auto" else name)
-
-
-def num_processes(config: DictConfig, device: torch.device) -> int:
-    """How many processes this call is to start on its machine, itself included."""
-    import torch
-
-    wanted = config.num_processes
-    if wanted == "auto":
-        return torch.cuda.device_count() if device.type == "cuda" and config.device == "auto" else 1
-    if not isinstance(wanted, int) or wanted < 1:
-        raise ConfigError(f"num_processes={wanted!r}", where="num_processes", fix="give 1 or more, or auto")
-    return wanted
-
-
-def _check_launcher(config: DictConfig, world: int) -> None:
-    if world > 1 and config.num_processes not in ("auto", world):
-        raise ConfigError(
-            f"num_processes={config.num_processes} where a launcher started {world}",
-            where="num_processes",
-            fix="leave it out: torchrun or srun says how many there are",
-        )
-
-
-@contextmanager
-def children(number: int) -> Iterator[None]:
-    """Start this command `number` more times, as ranks 1, 2, ...; wait for them, and take them along on an error."""
-    command = [sys.executable, "-m", "blip2train.cli.capfilt", *sys.argv[1:]]
-    started: list[subprocess.Popen[bytes]] = []
-    if number:  # a scheduler's end of time, too, reaches the children
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        for rank in range(1, number + 1):
-            place = {"RANK": str(rank), "WORLD_SIZE": str(number + 1), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, env=os.environ | place))
-        yield
-        failed = [child.returncode for child in started if child.wait()]
-        if failed:
-            raise ConfigError(
-                f"{len(failed)} of {number + 1} processes failed (exit status {failed[0]})",
-                where="num_processes",
-                fix="see their messages above; repeating the command continues",
-            )
-    finally:
-        for child in started:
-            if child.poll() is None:
-                child.terminate()
-        for child in started:
-            child.wait()
 
 
 def _looking(job: Job, show: ShowProgress) -> Any:

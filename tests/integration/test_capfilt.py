@@ -16,9 +16,11 @@ import pytest
 from capfilt_world import save_blip, save_clip
 from omegaconf import DictConfig
 
-from blip2train.cli.capfilt import capfilt, place_of_process
+from blip2train.cli.capfilt import capfilt
 from blip2train.cli.config import compose
+from blip2train.cli.processes import count_children
 from blip2train.data.shards import read_shard
+from blip2train.distributed import launched_as
 from blip2train.errors import ConfigError, DataError
 from blip2train.run_dir import RunDir, read_json
 
@@ -127,10 +129,22 @@ def test_what_cannot_be_used_is_said_before_any_work(
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_a_process_knows_its_place_from_torchrun_and_srun() -> None:
-    assert place_of_process({}) == (0, 1, 0)
-    assert place_of_process({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (5, 8, 1)
-    assert place_of_process({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}) == (0, 4, 0)
+def test_a_process_knows_its_place_from_torchrun_and_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched_as() == (0, 1, 0)
+    for name, value in {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_as() == (3, 4, 0)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched_as() == (5, 8, 1)
+
+
+def test_a_launcher_and_num_processes_must_agree() -> None:
+    assert [count_children("auto", 8, "auto"), count_children(8, 8, "auto"), count_children(3, 1, "cpu")] == [0, 0, 2]
+    with pytest.raises(ConfigError, match="num_processes=4 where a launcher started 8"):
+        count_children(4, 8, "auto")
 
 
 def command(*arguments: str) -> list[str]:

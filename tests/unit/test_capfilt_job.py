@@ -145,6 +145,20 @@ def test_a_process_takes_over_the_share_of_one_that_never_came(urls: list[str], 
     assert alone.num_read() == alone.num_records == sum(SIZES)
 
 
+def test_the_next_own_shard_is_fetched_ahead(urls: list[str], tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def fetch(shard: Shard) -> None:
+        order.append(f"fetch {Path(shard.url).stem}")
+
+    def process(shard: Shard, out: Path, progress: Callable[[int], None]) -> ShardResult:
+        order.append(f"do {Path(shard.url).stem}")
+        return processing()(shard, out, progress)
+
+    job(urls, tmp_path / "out").work(process, 0, 2, lambda: None, fetch)
+    assert order == ["fetch 00002", "do 00000", "do 00002", "do 00001", "do 00003"]
+
+
 def test_progress_counts_shards_in_work_too(urls: list[str], tmp_path: Path) -> None:
     whole = job(urls, tmp_path / "out")
     seen: list[int] = []

@@ -6,22 +6,22 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
 from hostile_world import build_hostile_world
-from shard_factory import encode, noise, write_tar
+from shard_factory import encode, noise, plain, write_tar
 from torch import Tensor
 from web_shards import write_web_shards
 
-from blip2train.batch import ImageSpec, to_image_id
 from blip2train.capfilt.candidate import KeepRule
 from blip2train.capfilt.ranker import Ranking
 from blip2train.capfilt.shard import ShardResult, ShardSettings, process_shard
-from blip2train.data.image_transform import TrainTransform
-from blip2train.data.sample import to_sample
+from blip2train.data.mixture import Dataset, Mixture
 from blip2train.data.shards import Shard, open_shards, read_shard
+from blip2train.data.sharing import Shape
+from blip2train.data.stream import PartStream
 from blip2train.errors import DataError
 
 
@@ -183,12 +183,20 @@ def test_output_of_an_earlier_call_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_training_draws_one_of_the_kept_captions_and_both_over_the_epochs(tmp_path: Path) -> None:
-    (url,) = write_web_shards(tmp_path, [1])
-    process(url, tmp_path / "o.tar", ShardSettings(), count=1)
-    (record,) = read_shard(str(tmp_path / "o.tar"))
-    kept = set(json.loads(record["json"])["captions"])
-    transform = TrainTransform(ImageSpec(8, (0, 0, 0), (1, 1, 1)))
-    drawn = [to_sample(record, "web", transform, torch.Generator().manual_seed(epoch)) for epoch in range(12)]
-    assert {sample.caption for sample in drawn} == kept
-    assert {sample.image_id for sample in drawn} == {to_image_id("000000000")}
+def test_training_draws_one_of_the_kept_captions_per_epoch_and_both_over_time(tmp_path: Path) -> None:
+    (url,) = write_web_shards(tmp_path / "in", [3])
+    out = tmp_path / "out" / "o.tar"
+    process(url, out, ShardSettings(), count=3)
+    kept = {record["__key__"]: json.loads(record["json"])["captions"] for record in read_shard(str(out))}
+
+    def epochs(seed: int) -> list[tuple[int, str, str]]:
+        made = Mixture([Dataset("web", str(out.parent), plain)], seed=seed, num_streams=1)
+        parts = islice(PartStream(made, list, Shape(0, 1, 1, 3), 0), 12)
+        return [(sample.epoch, sample.key, sample.caption) for part in parts for sample in part.rows]
+
+    drawn = epochs(0)
+    assert Counter((epoch, key) for epoch, key, _ in drawn) == {(e, key): 1 for e in range(12) for key in kept}
+    for key, captions in kept.items():
+        assert {caption for _, found, caption in drawn if found == key} == set(captions), "both over the epochs"
+    assert epochs(0) == drawn
+    assert sorted(epochs(1)) != sorted(drawn)
