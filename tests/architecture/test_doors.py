@@ -14,6 +14,7 @@ DOORS = {
     "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
     "fsspec": ("data/remote.py",),
     "aiohttp": ("data/remote.py",),
+    "pyarrow": ("data/source/table.py",),
     "timm": ("model/vision_encoder/", "microworld/"),
     "transformers": (
         *("model/language_model/", "model/qformer/bert_checkpoint.py", "data/tokenizer.py"),

@@ -138,6 +138,10 @@ def test_another_folder_says_what_to_give(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("images inside a Parquet")
     with pytest.raises(DataError, match=r"neither NNNNN\.tar[\s\S]*--output_format webdataset or files"):
         Img2DatasetSource(tmp_path)
+    with pytest.raises(DataError, match=r"^a file\n[\s\S]*a list of urls is fetched first"):
+        Img2DatasetSource(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="no folder"):
+        Img2DatasetSource(tmp_path / "gone")
     with pytest.raises(DataError, match="no counts of img2dataset"):
         write_tar(tmp_path / "00000.tar", [("0.jpg", b"image")])
         (tmp_path / "00000_stats.json").write_text("{}")

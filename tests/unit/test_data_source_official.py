@@ -395,8 +395,21 @@ def test_a_wrong_file_is_named_with_what_it_holds(tmp_path: Path) -> None:
             assert error.value.fix.startswith("give ") and str(path) in error.value.where
     assert not is_lavis_list(coco) and not is_lavis_list(regions)
     assert KarpathySource(tmp_path, karpathy, split="test").count() == 1
-    with pytest.raises(DataError, match="no file or folder"):
-        CocoSource(tmp_path / "gone", coco)
+    for images, annotations, found in [
+        (tmp_path / "gone", coco, "no folder"), (coco, coco, "a file where a folder"),
+        (tmp_path, tmp_path / "gone", "no file"), (tmp_path, tmp_path, "a folder where a file"),
+    ]:  # fmt: skip
+        with pytest.raises(DataError, match=found):
+            CocoSource(images, annotations)
+
+
+def test_a_caption_that_is_no_utf8_costs_its_record(tmp_path: Path) -> None:
+    images = put(tmp_path, "val2014/COCO_val2014_000000000001.jpg")
+    rows = [{"image": "val2014/COCO_val2014_000000000001.jpg", "caption": "caf\u00e9"}]
+    path = save(tmp_path / "list.json", rows)
+    path.write_bytes(path.read_bytes().replace(b"\\u00e9", b"\xe9"))
+    with pytest.raises(DataError, match="bad_text"):
+        pack(LavisSource(images, path, kind="coco", subfolders=COCO_FOLDERS), tmp_path / "out")
 
 
 def test_rows_can_be_sent_to_another_process(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Img2DatasetSource:
                 "a file" if path.is_file() else "neither NNNNN.tar nor NNNNN/ with NNNNN.parquet",
                 where=str(path),
                 fix="give the --output_folder of img2dataset, run with --output_format webdataset or files; a list of "
-                "urls is fetched first, with the command in configs/data/dataset/cc3m.yaml, sbu.yaml or laion_115m.yaml",
+                "urls is fetched first: configs/data/dataset/cc3m.yaml, sbu.yaml and laion_115m.yaml have the commands",
             )
         self._stats = {part: _read_stats(part) for part in self._parts}
 
