@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,18 @@ from rich.table import Table
 
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, register_resolvers, require_filled, run_subverb
+from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.features import with_features
 from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-USAGE = """usage: blip2train show batch|masks|params|estimate|config|paper-diff  [overrides as for train]
+USAGE = """usage: blip2train show batch|order|masks|params|estimate|config|paper-diff  [overrides as for train]
 
   batch       one batch of the data pipeline: every field with its shape, captions, and the images as show_batch.png
+  order       which records a run draws, sample by sample, undecoded (steps=1..3, samples=0..99, run=FOLDER)
   masks       the three self-attention masks of stage 1 (paper, figure 2), as a picture show_masks.png and as text
   params      trainable and frozen parameters, module by module (depth=3), from the config alone
   estimate    memory per device and time of a training (device_gb=40 samples_per_second=810), from the config alone
@@ -32,6 +36,7 @@ USAGE = """usage: blip2train show batch|masks|params|estimate|config|paper-diff 
 def main() -> None:
     verbs = {
         "batch": ("train", show_batch),
+        "order": ("show_order", _show_order),
         "masks": ("train", show_masks),
         "params": ("show_params", _show_params),
         "estimate": ("show_estimate", _show_estimate),
@@ -59,6 +64,18 @@ def _check(config: DictConfig) -> DictConfig:
     check.check_train(config)
     quiet_libraries()
     return with_features(config)
+
+
+def _show_order(config: DictConfig) -> None:
+    logging.getLogger("blip2train").setLevel(logging.WARNING)  # the log goes where the table goes
+    if config.run is not None:
+        of_run = load_run_config(RunDir.open(config.run))
+        of_run.steps, of_run.samples = config.steps, config.samples
+        config = of_run
+    _check(config)
+    from blip2train.cli.show_order import show_order
+
+    show_order(config)
 
 
 def _show_params(config: DictConfig) -> None:
