@@ -1,6 +1,9 @@
 """Tables of captions and texts beside images become rows: every format, every name, every defect counted."""
 
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,3 +301,11 @@ def test_a_json_list_is_read_element_by_element(tmp_path: Path, monkeypatch: pyt
     assert describe(path) == "an object with the keys images, annotations"
     with pytest.raises(DataError, match="an object with the keys images.* where a list is expected"):
         list(iterate_list(path))
+
+
+def test_a_list_of_urls_is_cut_into_lines_as_the_recipe_for_laion_does(tmp_path: Path) -> None:
+    elements = [{"caption": "é", "url": "u"}, {"caption": "two\nlines", "url": "v"}]
+    (tmp_path / "l.json").write_text(json.dumps(elements))
+    command = [sys.executable, "-m", "blip2train.data.source.json_file", str(tmp_path / "l.json")]
+    done = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert [json.loads(line) for line in done.stdout.splitlines()] == elements
