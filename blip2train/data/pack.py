@@ -75,10 +75,10 @@ def pack(
         DataError: `out` holds another data set or is being packed into, the disk is full, too much was left out, or
             there is nothing to pack.
     """
-    if workers < 1:
-        raise ConfigError(f"workers={workers}", where="pack", fix="give 1 or more, or null for every core")
-    if not 0 <= max_skipped_share <= 1:
-        raise ConfigError(f"max_skipped_share={max_skipped_share}", where="pack", fix="give a share from 0 to 1")
+    if not isinstance(workers, int) or workers < 1:
+        raise ConfigError(f"workers={workers!r}", where="pack", fix="give 1 or more, or null for every core")
+    if not isinstance(max_skipped_share, int | float) or not 0 <= max_skipped_share <= 1:
+        raise ConfigError(f"max_skipped_share={max_skipped_share!r}", where="pack", fix="give a share from 0 to 1")
     settings = settings or PackSettings()
     identity = json.loads(json.dumps({"source": source.identity() or None, "settings": asdict(settings)}))
     manifest = finished_manifest(Path(out), identity)

@@ -93,9 +93,9 @@ def _in_pool(
                 yield future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a packing process was killed, perhaps for want of memory",
-            where="workers",
-            fix="repeat the command: it continues; with fewer workers= if it happens again",
+            "a packing process was killed, perhaps for want of memory, or could not start",
+            where=f"workers={workers}",
+            fix="repeat the command: it continues; with fewer workers= if it happens again, or with workers=1",
         ) from error
     finally:
         shared[_STOP] = 1

@@ -80,7 +80,11 @@ class PackFolder:
 
     def __enter__(self) -> Self:
         check_disk(self.out, 0)
-        self.work.mkdir(parents=True, exist_ok=True)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fix = "choose a folder that you may write to"
+            raise DataError(f"no folder can be made here ({error.strerror})", where=str(self.out), fix=fix) from error
         self._lock = os.open(self.work, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -61,18 +61,25 @@ class PackSettings:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        side = self.resize_short_side
         checks = {
-            "samples_per_shard": (self.samples_per_shard >= 1, "give 1 or more"),
-            "prefix": (bool(self.prefix) and "/" not in self.prefix, "give the start of a file name"),
-            "resize_short_side": (side is None or side >= 1, "give pixels, or null to keep every size"),
+            "samples_per_shard": (_is_from(1, self.samples_per_shard), "give 1 or more"),
+            "prefix": (bool(self.prefix) and "/" not in str(self.prefix), "give the start of a file name"),
+            "resize_short_side": (
+                self.resize_short_side is None or _is_from(1, self.resize_short_side),
+                "give pixels, or null to keep every size",
+            ),
             "reencode": (self.reencode in (None, "jpeg"), "jpeg, or null to keep the files as they are"),
-            "max_pixels": (self.max_pixels >= 1, "give width x height"),
-            "jpeg_quality": (1 <= self.jpeg_quality <= 100, "give 1 to 100"),
+            "jpeg_quality": (_is_from(1, self.jpeg_quality) and self.jpeg_quality <= 100, "give 1 to 100"),
+            "validate_images": (isinstance(self.validate_images, bool), "give true or false"),
+            "max_pixels": (_is_from(1, self.max_pixels), "give width x height"),
         }
         for name, (fits, fix) in checks.items():
             if not fits:
                 raise ConfigError(f"{name}={getattr(self, name)!r}", where="pack settings", fix=fix)
+
+
+def _is_from(low: int, value: object) -> bool:
+    return isinstance(value, int) and value >= low
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,6 +239,12 @@ def test_a_disk_that_fills_up_is_a_data_error_and_can_be_continued(
     assert pack(ListSource(rows), tmp_path / "out", PLAIN)["num_records"] == 8
 
 
+def test_a_file_in_the_place_of_the_folder_is_said(rows: list[Row], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(DataError, match="no folder can be made"):
+        pack(ListSource(rows), tmp_path / "out", PLAIN)
+
+
 def test_nothing_to_pack_is_a_data_error_with_the_causes(tmp_path: Path) -> None:
     gone = [Row("a", "x.jpg", {"captions": ["gone"]}, (tmp_path / "x.jpg",))]
     with pytest.raises(DataError, match=r"nothing was packed.*missing_image.: 1"):
@@ -251,7 +257,7 @@ def test_nothing_to_pack_is_a_data_error_with_the_causes(tmp_path: Path) -> None
     ("setting", "value"),
     [
         ("resize_short_side", 0), ("samples_per_shard", 0), ("jpeg_quality", 101), ("reencode", "png"),
-        ("prefix", "a/b"), ("max_pixels", 0),
+        ("prefix", "a/b"), ("max_pixels", 0), ("samples_per_shard", "many"), ("validate_images", "yes"),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused(setting: str, value: Any) -> None:
@@ -259,7 +265,7 @@ def test_a_setting_out_of_range_is_refused(setting: str, value: Any) -> None:
         PackSettings(**{setting: value})
 
 
-@pytest.mark.parametrize("arguments", [{"workers": 0}, {"max_skipped_share": 1.5}])
+@pytest.mark.parametrize("arguments", [{"workers": 0}, {"workers": "all"}, {"max_skipped_share": 1.5}])
 def test_an_argument_out_of_range_is_refused(arguments: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=next(iter(arguments))):
         pack(ListSource([]), tmp_path / "out", **arguments)
