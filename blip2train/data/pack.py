@@ -118,7 +118,7 @@ def pack_records(
     """Pack records whose images are in memory.
 
     Args:
-        records: each with "key", "image_bytes" and "json" (a mapping, see `data/sample.py`).
+        records: each with "key", "image_bytes" and "json" (a mapping, see `data/record_field.py`).
         out: folder of the shards.
         samples_per_shard: records per tar.
         prefix: start of every shard's name.

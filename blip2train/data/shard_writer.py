@@ -62,7 +62,7 @@ class ShardWriter:
             key: unique in the data set; no dot, which ends a key in a tar, and no leading "__".
             image: encoded image.
             extension: of `image`, without a dot.
-            json: the encoded record (see `data/sample.py` for its fields).
+            json: the encoded record (see `data/record_field.py` for its fields).
         """
         check_key(key)
         if self._shard is None:
