@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -177,6 +178,11 @@ def _in_pool(
     # not fork: this process has threads (torch, the progress bar), whose locks a forked child would inherit
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # Ctrl-C is the parent's to answer, even while the others still import
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(workers, context, _start_worker)
     waiting = iter(enumerate(shards))
     running: dict[Future[ShardSummary], int] = {}
@@ -198,9 +204,10 @@ def _in_pool(
             fix="repeat the command with fewer workers=",
         ) from error
     finally:
+        for process in {*multiprocessing.active_children()} - others if running else ():
+            process.terminate()  # left early: what they read is of no use, and nothing is written
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
