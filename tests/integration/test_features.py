@@ -56,19 +56,19 @@ def refuse_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "tolerance"), [("float32", 2e-6), ("bfloat16", 1e-3), ("float8", 3e-2), ("int8", 5e-3)]
+    ("codec", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-4), ("float8", 5e-4), ("int8", 2e-4)]
 )
 def test_itc_itm_and_itg_are_those_of_the_uncached_run_and_no_encoder_is_built(
-    laboratory, stage1_run: RunDir, tmp_path: Path, codec: str, tolerance: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    laboratory, stage1_run: RunDir, tmp_path: Path, codec: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = cached(laboratory, tmp_path / codec, f"codec={codec}")
     refuse_encoder(monkeypatch)
     run = laboratory.train(STAGE1, tmp_path / "run", f"features={features}").run
-    expected = losses(stage1_run, STAGE1)
-    assert len(expected) == 4
-    for row, twin in zip(losses(run, STAGE1), expected, strict=True):
-        assert row == pytest.approx(twin, rel=tolerance)
+    rows, expected = losses(run, STAGE1), losses(stage1_run, STAGE1)
+    assert len(rows) == len(expected) == 4
+    assert rows[0] == pytest.approx(expected[0], rel=tolerance)
+    for row, twin in zip(rows, expected, strict=True):  # later steps also carry the difference of the weights
+        assert row == pytest.approx(twin, rel=30 * tolerance)
 
 
 def test_the_prefix_language_modelling_of_stage_two_is_that_of_the_uncached_run(
