@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from blip2train.cli.config import require_filled
@@ -58,6 +57,6 @@ def _print(scanned: list[ScannedShard]) -> None:
     table.add_row("damaged", f"{sum(shard.entry is not None for shard in damaged):,}")
     Console().print(table)
     for shard in damaged[:_SHOWN]:
-        sys.stdout.write(f"{escape(shard.url)}: {shard.damage}\n")
+        sys.stdout.write(f"{shard.url}: {shard.damage}\n")
     if len(damaged) > _SHOWN:
         sys.stdout.write(f"and {len(damaged) - _SHOWN} more\n")

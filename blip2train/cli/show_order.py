@@ -48,9 +48,7 @@ def show_order(config: DictConfig) -> None:
 
 def drawn_records(mixture: Mixture, first: int, last: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """(sample, (dataset, epoch, shard, record, key)) of the samples from `first` to `last`, both included."""
-    from blip2train.data.shards import ShardReader
-
-    readers = [ShardReader(shards, mixture.cache) for shards in mixture.shards]
+    readers = [mixture.reader(number) for number in range(len(mixture.datasets))]
     streams: dict[int, Any] = {}
     for number in range(first, last + 1):
         position, stream = divmod(number, mixture.num_streams)

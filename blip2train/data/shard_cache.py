@@ -20,7 +20,7 @@ import queue
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -262,7 +262,8 @@ def _open_copy(path: Path, shard: Shard) -> BinaryIO | None:
     if shard.num_bytes is not None and not _is_packed(shard) and os.fstat(file.fileno()).st_size != shard.num_bytes:
         file.close()
         return None
-    os.utime(file.fileno())
+    with suppress(PermissionError):  # another user's copy
+        os.utime(file.fileno())
     return file
 
 

@@ -51,7 +51,7 @@ class ShardReader:
     Args:
         shards: of the dataset.
         cache: holds copies of remote shards; by default the one of the environment.
-        max_open: shards whose table (about 100 bytes per record) and file are kept open.
+        max_open: shards whose table (about 150 bytes per record) and file are kept open.
     """
 
     def __init__(self, shards: Sequence[Shard], cache: ShardCache | None = None, max_open: int = 64) -> None:

@@ -31,7 +31,7 @@ _CHECKED_TAIL = 1 << 20
 
 
 class ShardTable:
-    """The records of one tar: about 100 bytes each.
+    """The records of one tar: about 150 bytes each.
 
     Args:
         file: the tar, seekable; read from its beginning and left open.
@@ -48,7 +48,7 @@ class ShardTable:
         self._starts = array("q")  # place of the record's first file in the arrays below
         self._offsets = array("q")
         self._sizes = array("q")
-        self._extension_numbers = array("L")
+        self._extension_numbers = array("I")
         self._extensions: dict[str, int] = {}
         self._broken: dict[int, tuple[BrokenCause, str]] = {}
         self._scan(file)
@@ -145,4 +145,4 @@ class ShardTable:
 
 def _readable(name: str) -> str:
     """A member's name as text that can be printed, hashed and written; bytes that are no UTF-8 become escapes."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

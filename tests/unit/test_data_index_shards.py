@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 from flaky_server import FlakyServer, serve
 from shard_factory import write_shards, write_tar
 
-from blip2train.cli import data as data_cli
+from blip2train.cli import data_index
+from blip2train.cli.config import compose
 from blip2train.data import index_shards as module
 from blip2train.data.index_shards import index_shards, scan_shard
 from blip2train.data.shards import ShardCache, ShardReader, expand_urls, open_shards
@@ -167,23 +167,22 @@ def test_img2datasets_output_needs_no_index_and_can_have_one(tmp_path: Path) -> 
     assert rows(tmp_path / "index.json") == expected(paths, [3, 2])
 
 
-def run_verb(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["data", "index", *arguments])
+def run_verb(*overrides: str) -> int:
     try:
-        data_cli.main()
+        data_index.run(compose("data_index", [*overrides, "workers=1"]))
     except SystemExit as leaving:
         return int(leaving.code or 0)
     return 0
 
 
 def test_the_verb_writes_the_index_and_its_exit_code_tells_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = write_shards(tmp_path, [3, 1], index=False)
-    assert run_verb(monkeypatch, f"urls=[{tmp_path}/*.tar]", "workers=1") == 0
+    assert run_verb(f"urls=[{tmp_path}/*.tar]") == 0
     assert rows(tmp_path / "index.json") == expected(paths, [3, 1])
     paths[1].write_bytes(b"")
-    assert run_verb(monkeypatch, f"urls=[{tmp_path}/*.tar]", "workers=1") == 1
+    assert run_verb(f"urls=[{tmp_path}/*.tar]") == 1
     assert f"{paths[1]}: no tar: empty file" in capsys.readouterr().out
-    assert run_verb(monkeypatch, f"urls=[{tmp_path}/x*.tar]") == 2
-    assert "do not exist" in capsys.readouterr().err
+    with pytest.raises(DataError, match="do not exist"):
+        run_verb(f"urls=[{tmp_path}/x*.tar]")

@@ -70,11 +70,10 @@ def test_what_is_not_there_or_not_allowed_is_asked_for_once(server: FlakyServer,
 
 
 def test_a_download_goes_on_where_it_broke_off(server: FlakyServer) -> None:
-    server.faults = [("cut", 100_000), ("cut", 150_000)]
-    assert fetched(quick(), f"{server.url}/a.tar") == CONTENT
-    starts = [int(asked.removeprefix("bytes=")[:-1]) for _, asked in server.requests if asked]
-    assert len(server.requests) == 3
-    assert 0 < starts[0] <= 100_000 and starts[0] < starts[1] <= 250_000
+    # silence, as bytes in flight are lost with a connection that is closed
+    server.faults = [("silent", 100_000), ("silent", 150_000)]
+    assert fetched(quick(timeout_s=0.3), f"{server.url}/a.tar") == CONTENT
+    assert [asked for _, asked in server.requests] == [None, "bytes=100000-", "bytes=250000-"]
 
 
 def test_a_file_that_changed_meanwhile_starts_again(server: FlakyServer) -> None:
