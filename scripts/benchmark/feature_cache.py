@@ -51,8 +51,9 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--images", type=int, default=64, help="photographs used")
     parser.add_argument("--steps", type=int, default=8, help="of each kind, the first one not counted")
+    parser.add_argument("--batch", type=int, default=8, help="of the ViT-B model")
     parser.add_argument(
-        "--batch", type=int, default=8, help="of the ViT-B model; the micro-world's is its experiment's"
+        "--codecs", nargs="+", default=["bfloat16", "float16", "float8", "int8"], help="trains on the first"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -66,8 +67,8 @@ def main() -> None:
         (root / "captions.jsonl").write_text("".join(lines[: arguments.images]), encoding="utf-8")
         pack(FolderSource(arguments.photos, root / "captions.jsonl"), root / "photos")
         rows = [
-            measure("micro-world", [f"paths.data={root}"], root, arguments.steps),
-            measure("ViT-B/16, BERT-base", base_overrides(root, arguments.batch), root, arguments.steps),
+            measure("micro-world", [f"paths.data={root}"], root, arguments),
+            measure("ViT-B/16, BERT-base", base_overrides(root, arguments.batch), root, arguments),
         ]
     result = {
         "command": "scripts/benchmark/feature_cache.py",
@@ -93,17 +94,18 @@ def base_overrides(root: Path, batch: int) -> list[str]:
     return [*BASE, f"model.vision_encoder.weights={weights}", f"data.batch_size={batch}", urls]
 
 
-def measure(name: str, overrides: list[str], root: Path, steps: int) -> dict[str, Any]:
+def measure(name: str, overrides: list[str], root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     common = ["experiment=microworld_stage1", f"run_dir={root}/run", "data.num_workers=0", *overrides]
     plain = compose("train", common)
-    codecs = {codec: describe_codec(codec, common, root / name.split(",")[0].replace("/", "_")) for codec in CODECS}
-    folder = root / name.split(",")[0].replace("/", "_") / "bfloat16"
+    caches = root / name.split(",")[0].replace("/", "_")
+    codecs = {codec: describe_codec(codec, common, caches) for codec in ["float32", *arguments.codecs]}
+    folder = caches / arguments.codecs[0]
     trainings = {
         "uncached": training(plain),
         "cached": training(with_features(compose("train", [*common, f"features={folder}"]))),
     }
     seconds = {kind: {"wall": [], "cpu": []} for kind in trainings}
-    for number in range(steps):
+    for number in range(arguments.steps):
         for kind, step in trainings.items():
             start = time.perf_counter(), time.process_time()
             next(step)
@@ -116,6 +118,7 @@ def measure(name: str, overrides: list[str], root: Path, steps: int) -> dict[str
     encoder: nn.Module = build(plain.model.vision_encoder)
     return {
         "model": name,
+        "cached_as": arguments.codecs[0],
         "batch": plain.data.batch_size,
         "seconds_per_step": medians,
         "times_faster": {clock: medians["uncached"][clock] / medians["cached"][clock] for clock in ("wall", "cpu")},
