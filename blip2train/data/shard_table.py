@@ -92,7 +92,7 @@ class ShardTable:
                     end = member.offset + _BLOCK
                     self._add(member, seen)
                     if member.isreg() and member.offset_data + member.size > size:
-                        raise tarfile.ReadError(f"cut off at byte {size}, inside the file {_readable(member.name)}")
+                        raise tarfile.ReadError(f"cut off at byte {size}, inside the file {_readable(member.name)!r}")
                 end = tar.offset
             ended = self._judge_end(file, end, size)
         except _TAR_ERRORS as error:
@@ -112,7 +112,7 @@ class ShardTable:
         number = self._extensions.setdefault(extension, len(self._extensions))
         if not self._keys or key != self._keys[-1] or number in self._extension_numbers[self._starts[-1] :]:
             if key in seen:
-                self._broken[len(self._keys)] = ("duplicate_key", f"file {_readable(member.name)} comes again")
+                self._broken[len(self._keys)] = ("duplicate_key", f"file {_readable(member.name)!r} comes again")
             seen.add(key)
             self._keys.append(key)
             self._starts.append(len(self._offsets))
