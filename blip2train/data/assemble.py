@@ -58,7 +58,9 @@ def _merge(values: list[Any], places: list[int], step: int, pad_id: int, pin: bo
 def _merge_tensors(values: list[Tensor], places: list[int], step: int, pad_id: int, pin: bool) -> Tensor:
     rest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     shape = (sum(len(value) for value in values), *rest)
-    merged = torch.empty(shape, dtype=values[0].dtype, pin_memory=pin)
+    colours_last = values[0].ndim == 4 and values[0].is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if colours_last else torch.contiguous_format
+    merged = torch.empty(shape, dtype=values[0].dtype, memory_format=layout, pin_memory=pin)
     for value, place in zip(values, places, strict=True):
         rows = merged[place::step]
         if value.shape[1:] != merged.shape[1:]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from shard_factory import noise
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
 
 from blip2train.batch import ImageSpec
-from blip2train.data.image_transform import EvalTransform, TrainTransform, decode_image, sample_crop
+from blip2train.data.image_transform import EvalTransform, TrainTransform, decode_image, resize, sample_crop
 from blip2train.errors import ConfigError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -116,3 +117,14 @@ def test_wrong_settings_name_the_choices() -> None:
         EvalTransform(spec(16, "cubic"))
     with pytest.raises(ConfigError, match="scale"):
         TrainTransform(spec(16), scale=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize("size", [[24, 24], [90, 70]])
+def test_resizing_equals_torchvision_whatever_the_layout(mode: str, size: list[int]) -> None:
+    filter_ = InterpolationMode(mode)
+    image = torch.randint(0, 256, (3, 60, 50), dtype=torch.uint8, generator=generator(1))
+    expected = F.resize(image, size, interpolation=filter_, antialias=True)
+    side_by_side = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for given in (image, side_by_side):
+        assert torch.equal(resize(given, size, filter_), expected)

@@ -136,7 +136,8 @@ class TimmVisionEncoder(nn.Module):
             )
         pixels_B3hw = pixel_values if self.trainable_blocks == "all" else pixel_values.detach()
         dtype, device = next(self.backbone.parameters()).dtype, pixel_values.device.type
-        normalised_B3hw = ((pixels_B3hw - self.mean) / self.std).to(dtype)
+        # the loader hands over pixels with colours side by side, others do not: one layout, one rounding
+        normalised_B3hw = ((pixels_B3hw.contiguous() - self.mean) / self.std).to(dtype)
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and dtype == torch.float32):
             tokens_BPI: Tensor = self.backbone.forward_features(normalised_B3hw)
         return tokens_BPI.to(torch.promote_types(tokens_BPI.dtype, torch.float32))
