@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from capfilt_world import save_blip, save_clip
 from huggingface_world import save_generation
 from omegaconf import OmegaConf
 from PIL import Image
@@ -76,6 +77,20 @@ SIZES = {
     "blip2train train experiment=photos_stage1": Size(
         (*FEW_STEPS, *TOKENIZER), ("outputs/photos_stage1/*/checkpoints/step-0000004/model.safetensors",)
     ),
+    "blip2train data pack input=PHOTOS out=data/small shards.resize_short_side=256": Size(
+        leaves=("data/small/manifest.json",)
+    ),
+    "blip2train data check urls=data/small": Size(),
+    "blip2train data view urls=data/small out=outputs/small.html": Size(leaves=("outputs/small.html",)),
+    "blip2train capfilt urls=data/small out=data/captioned": Size(
+        ("captioner.model=captioner", "ranker.model=ranker", "captioner.settings.num_captions=2"),
+        ("data/captioned/index.json", "data/captioned/report.html"),
+    ),
+    "blip2train data cache-features experiment=photos_stage1 out=outputs/features": Size(
+        TOKENIZER, ("outputs/features/features.json",)
+    ),
+    "blip2train train experiment=photos_stage1 features=outputs/features": Size((*FEW_STEPS, *TOKENIZER)),
+    "blip2train show order experiment=photos_stage1 steps=1..3": Size(TOKENIZER),
     "blip2train train experiment=paper/stage1_vitg trainer.devices=16 paths.data=/datasets": Size(COMPOSE_ONLY),
     "blip2train train experiment=paper/stage2_vitg_opt_2_7b trainer.devices=16 paths.data=/datasets "
     "init_from=outputs/paper_stage1_vitg/ID": Size(COMPOSE_ONLY),
@@ -115,7 +130,7 @@ def test_command_names_a_verb_and_composes(command: str) -> None:
     config_name = "train" if verb == "show" else verb
     if verb in {"data", "microworld", "show"}:
         part, *arguments = arguments
-        own = f"{verb}_{part}"  # `show batch` and others have none and read train.yaml
+        own = f"{verb}_{part}".replace("-", "_")  # `show batch` and others have none and read train.yaml
         config_name = own if (config_dir() / f"{own}.yaml").is_file() else config_name
     compose(config_name, arguments)
 
@@ -179,6 +194,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tokenizer" / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
     _write_photos(root / PHOTOS)
     save_generation(root / RELEASED, "opt")
+    save_blip(root / "captioner")
+    save_clip(root / "ranker")
     return root
 
 
