@@ -1,5 +1,6 @@
 """Through the real loaders, and two real processes for two ranks: one sequence of samples, whoever reads it."""
 
+import multiprocessing
 import random
 from itertools import islice
 from pathlib import Path
@@ -68,6 +69,8 @@ def run_plan(rank: int, folder: Path, plan: list[Segment]) -> list[tuple[list[st
 
     Where a piece has one rank, rank 0 reads as if it were alone, and the other one is told the state.
     """
+    # loader workers start as under a launcher; a child of the forkserver would give each a fresh interpreter
+    multiprocessing.set_start_method("fork", force=True)
     found = []
     state: dict[str, Any] | None = None
     for (ranks, workers), consumed, lost, anew in plan:
