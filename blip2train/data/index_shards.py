@@ -7,9 +7,7 @@ its size or time changed.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from blip2train.data.shard_cache import GZIP_ENDINGS, ShardCache
 from blip2train.data.shard_index import INDEX_NAME, ShardEntry, parse_damaged, parse_index, write_rows
 from blip2train.data.shard_reader import file_name
 from blip2train.data.shard_table import ShardTable
+from blip2train.data.worker_process import end_with_parent, submit, worker_context
 from blip2train.errors import ConfigError, DataError
 
 Progress = Callable[[int, int | None, int | None], None]
@@ -187,15 +186,12 @@ def _is_unchanged(url: str, row: ShardEntry, index: Path) -> bool:
 
 
 def _in_pool(scan: Callable[[str], ScannedShard], urls: Sequence[str], workers: int) -> Iterator[ScannedShard]:
-    # not fork: this process has the threads of the progress bar, whose locks a forked child would inherit
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     running: set[Future[ScannedShard]] = set()
     tasks = iter(urls)
-    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, worker_context(__name__), end_with_parent)
     try:
         while True:
-            running |= {pool.submit(scan, url) for url in islice(tasks, workers + _QUEUED - len(running))}
+            running |= {submit(pool, scan, url) for url in islice(tasks, workers + _QUEUED - len(running))}
             if not running:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)

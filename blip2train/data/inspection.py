@@ -7,13 +7,11 @@ is a folder: keys and image ids are judged within one, images and captions acros
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from blip2train.data.inspect_shard import CountTokens, ShardSummary, inspect_sha
 from blip2train.data.remote import beside
 from blip2train.data.shard_index import UNCOUNTED
 from blip2train.data.shards import Shard, ShardCache
+from blip2train.data.worker_process import end_with_parent, submit, worker_context
 from blip2train.errors import DataError
 
 Progress = Callable[[int, int | None, int | None], None]
@@ -175,13 +174,7 @@ def _summaries(
 def _in_pool(
     shards: Sequence[Shard], inspect: Callable[..., ShardSummary], workers: int
 ) -> Iterator[tuple[int, ShardSummary]]:
-    # not fork: this process has threads (torch, the progress bar), whose locks a forked child would inherit
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # Ctrl-C is the parent's to answer, even while the others still import
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    context = worker_context(__name__)
     others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(workers, context, _start_worker)
     waiting = iter(enumerate(shards))
@@ -194,7 +187,7 @@ def _in_pool(
                 if task is None:
                     is_open = False
                 else:
-                    running[pool.submit(inspect, task[1])] = task[0]
+                    running[submit(pool, inspect, task[1])] = task[0]
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     except BrokenProcessPool as error:
@@ -211,3 +204,4 @@ def _in_pool(
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
+    end_with_parent()

@@ -6,21 +6,17 @@ image it has in hand. When the parent is killed outright, they notice and end.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blip2train.data.pack_worker import PackSettings, ShardReport, ShardTask, make_shard
+from blip2train.data.worker_process import end_with_parent, submit, worker_context
 from blip2train.errors import DataError
 
 OnRows = Callable[[int, int], None]
@@ -72,9 +68,7 @@ def make_shards(
 def _in_pool(
     tasks: Iterator[ShardTask], make: Callable[[ShardTask], ShardReport], workers: int, on_rows: OnRows
 ) -> Generator[ShardReport, None, None]:
-    # not fork: this process has threads (torch, the progress bar), whose locks a forked child would inherit
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = worker_context(__name__)
     shared = context.Array("q", 3)
     running: set[Future[ShardReport]] = set()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (shared,))
@@ -86,7 +80,7 @@ def _in_pool(
                 if task is None:
                     is_open = False
                 else:
-                    running.add(pool.submit(make, task))
+                    running.add(submit(pool, make, task))
             finished, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
             on_rows(shared[_ROWS], shared[_BYTES])
             for future in finished:
@@ -105,16 +99,8 @@ def _in_pool(
 def _start_worker(shared: Any) -> None:
     global _shared
     _shared = shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for_end([parent.sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def _in_process(task: ShardTask, folder: Path, settings: PackSettings) -> ShardReport:
