@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli.config import build
 from blip2train.errors import ConfigError
+from blip2train.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,25 @@ def describe_features(config: DictConfig) -> dict[str, Any]:
     return {"features": {"folder": str(folder), "augmentation": "off", **asdict(read_facts(folder))}}
 
 
+def check_same_features(config: DictConfig, run: RunDir) -> None:
+    """A resumed run must go on from the cache it began with: the folder's name does not tell.
+
+    Raises:
+        ConfigError: the folder holds another cache now; names every difference.
+    """
+    from blip2train.data.feature_cache import differences
+
+    if not config.get("features"):
+        return
+    changed = differences(run.read_manifest().get("features") or {}, describe_features(config)["features"])
+    if changed:
+        raise ConfigError(
+            f"the feature cache is not the one that this run began with: {'; '.join(changed)}",
+            where=f"features={config.features}, {run.manifest_path}",
+            fix="make the same cache again, or choose another run_dir= for a new run",
+        )
+
+
 def check_frozen(config: DictConfig) -> None:
     """ConfigError if any of the encoder trains: its tokens change with every step."""
     trained = config.model.vision_encoder.get("trainable_blocks", 0)
@@ -95,7 +115,6 @@ def check_frozen(config: DictConfig) -> None:
     if config.get("init_from") in (None, "scratch"):
         return
     from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, read_names
-    from blip2train.run_dir import RunDir
 
     run = RunDir.open(config.init_from, where="init_from=")
     if any(name.startswith("vision_encoder.") for name in read_names(find_checkpoint(run) / WEIGHTS)):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.cli.evaluate import load_run_config
-from blip2train.cli.features import describe_features, with_features
+from blip2train.cli.features import check_same_features, describe_features, with_features
 from blip2train.errors import Blip2TrainError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
 
@@ -148,6 +148,7 @@ def _checkpoint_to_resume(config: DictConfig, run: RunDir) -> Path | None:
             fix="use another run_dir=, delete this one, or resume=auto to continue it",
         )
     check.check_same_run(config, OmegaConf.load(run.config_path), run)
+    check_same_features(config, run)
     if not (known[-1] / TRAINER_STATE).exists():  # a folder under DeepSpeed
         raise ConfigError(
             f"{known[-1].name} has no trainer state, so it cannot be continued",

@@ -1,6 +1,7 @@
 """Training from cached features is the training it replaces, on the evaluation transform, to the storage precision."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_a_run_from_features_resumes_bit_equal_with_other_workers(laboratory, ex
     laboratory.train(STAGE1, resumed.path, *settings, "data.num_workers=2")
     assert weights(resumed) == weights(whole) and losses(resumed, STAGE1) == losses(whole, STAGE1)
     assert read_json(resumed.manifest_path)["data"] == read_json(whole.manifest_path)["data"]
+
+
+def test_a_run_does_not_go_on_from_another_cache_in_the_same_place(laboratory, tmp_path: Path) -> None:
+    features = cached(laboratory, tmp_path / "features")
+    settings = [f"features={features}", "checkpoint.every_steps=2", "checkpoint.keep_last=0"]
+    run = cut(laboratory.train(STAGE1, tmp_path / "run", *settings).run, "step-0000002", tmp_path / "cut")
+    shutil.rmtree(features)
+    cached(laboratory, features, "codec=int8")
+    with pytest.raises(ConfigError, match=r"not the one that this run began with: codec 'bfloat16' there, 'int8' here"):
+        laboratory.train(STAGE1, run.path, *settings)
 
 
 @pytest.mark.parametrize(
