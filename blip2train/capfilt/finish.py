@@ -31,7 +31,7 @@ _MINIMUM_RECORDS = 100
 
 def new_ledger(job: Job, max_dropped_share: float) -> DropLedger:
     """Counts of what earlier calls had done, so that the allowed share is judged over all of it."""
-    ledger = DropLedger([DATASET], max_dropped_share)
+    ledger = DropLedger([DATASET], max_dropped_share, setting="max_dropped_share")
     counts: dict[str, int] = {"used": 0}
     for _, marker in job.results():
         counts["used"] += marker["num_read"] - len(marker["drops"])

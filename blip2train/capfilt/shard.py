@@ -44,8 +44,8 @@ class ShardSettings:
         rule: which candidates are kept.
         store_all: write every candidate beside the kept ones.
         batch_size: images per call of a model.
-        keep_unusable: pass records that cannot be read or captioned through as they are, instead of leaving them out;
-            they are counted in both cases.
+        keep_unusable: pass records that cannot be read through as they are, and those of which no caption is kept
+            without captions, instead of leaving them out; they are counted in both cases.
     """
 
     rule: KeepRule = field(default_factory=KeepRule)
@@ -194,7 +194,9 @@ def _output(record: RawRecord, candidates: Sequence[Candidate], store_all: bool)
         fields["caption_candidates"] = [
             asdict(candidate) | {"score": round(candidate.score, 5)} for candidate in candidates
         ]
-    return record | {"json": json.dumps(fields, ensure_ascii=False).encode()}
+    # without captions in the JSON, training would read the rejected web caption in the txt
+    files = record if kept else {name: data for name, data in record.items() if name != "txt"}
+    return files | {"json": json.dumps(fields, ensure_ascii=False).encode()}
 
 
 def _refuse_output(items: Sequence[Item], url: str) -> None:

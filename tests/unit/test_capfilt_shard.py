@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from hostile_world import build_hostile_world
 from shard_factory import encode, noise, plain, write_tar
 from torch import Tensor
@@ -18,7 +19,9 @@ from web_shards import write_web_shards
 from blip2train.capfilt.candidate import KeepRule
 from blip2train.capfilt.ranker import Ranking
 from blip2train.capfilt.shard import ShardResult, ShardSettings, process_shard
+from blip2train.data.drop import Drop
 from blip2train.data.mixture import Dataset, Mixture
+from blip2train.data.sample import to_sample
 from blip2train.data.shards import Shard, open_shards, read_shard
 from blip2train.data.sharing import Shape
 from blip2train.data.stream import PartStream
@@ -200,3 +203,13 @@ def test_training_draws_one_of_the_kept_captions_per_epoch_and_both_over_time(tm
         assert {caption for _, found, caption in drawn if found == key} == set(captions), "both over the epochs"
     assert epochs(0) == drawn
     assert sorted(epochs(1)) != sorted(drawn)
+
+
+def test_a_web_caption_that_was_rejected_does_not_come_back_from_its_txt(tmp_path: Path) -> None:
+    text = [("k.png", encode(noise(1))), ("k.txt", b"buy now"), ("k.json", b'{"caption": "buy now"}')]
+    write_tar(tmp_path / "in.tar", text)
+    strict = ShardSettings(KeepRule(min_score=0.9), keep_unusable=True)
+    process(str(tmp_path / "in.tar"), tmp_path / "o.tar", strict, count=1)
+    (record,) = read_shard(str(tmp_path / "o.tar"))
+    sample = to_sample(record, "web", lambda image, generator: image, torch.Generator())
+    assert isinstance(sample, Drop) and sample.cause == "no_caption"
