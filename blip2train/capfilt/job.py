@@ -63,6 +63,8 @@ class Job:
         Raises:
             DataError: it holds another job, or other shards.
         """
+        if self.out.exists() and not self.out.is_dir():
+            raise DataError("a file where a folder is meant", where=str(self.out), fix="choose another out=")
         settings = self._state / "settings.json"
         if not settings.is_file():
             foreign = [*self.out.glob("*.tar"), *(self.out / name for name in (INDEX_NAME, MANIFEST_NAME))]

@@ -95,6 +95,8 @@ def claim_folder(folder: Path, facts: FeatureFacts) -> None:
         DataError: another cache, or something else, lies there.
     """
     path = folder / FEATURES_NAME
+    if folder.exists() and not folder.is_dir():
+        raise DataError("a file where a folder is meant", where=str(folder), fix="choose another out=")
     # hidden: what another process of this call is just writing
     others = [found for found in folder.iterdir() if found.name[0] != "."] if folder.is_dir() else []
     if not path.is_file():

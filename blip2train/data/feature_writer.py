@@ -7,11 +7,14 @@ samples from either. Processes share the work by shards and meet in the files al
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,9 +26,11 @@ from blip2train.data.feature_cache import FinishedShard, finish_dataset, note_fi
 from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.sample import to_sample
-from blip2train.data.shards import RawRecord, Shard, ShardReader
+from blip2train.data.shards import INDEX_NAME, RawRecord, Shard, ShardReader
 from blip2train.data.stored_tokens import DROPPED, TOKENS
 from blip2train.data.tar_shard import TarShard
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[Tensor], Tensor]
 """uint8 images (B, 3, h, w) -> stored tokens (B, P, C) uint8, both on the CPU."""
@@ -92,11 +97,17 @@ class FeatureWriter:
         sources = reader.shards
         own = range(rank, len(sources), world_size)
         missing = [index for index in own if read_finished(folder, index, sources[index]) is None]
+        if missing:  # an index of fewer shards would call the dataset whole
+            (folder / INDEX_NAME).unlink(missing_ok=True)
         for place, index in enumerate(missing):
             reader.prefetch(missing[place : place + 2])
-            records = (reader.record(index, number) for number in range(sources[index].num_records))
-            finished = self._write_shard(name, sources[index], records, shard_path(folder, index), progress)
-            note_finished(folder, index, finished)
+            with _claimed(shard_path(folder, index)) as free:
+                # what is free now may just have been written
+                if not free or read_finished(folder, index, sources[index]) is not None:
+                    continue
+                records = (reader.record(index, number) for number in range(sources[index].num_records))
+                finished = self._write_shard(name, sources[index], records, shard_path(folder, index), progress)
+                note_finished(folder, index, finished)
         return finish_dataset(folder, sources)
 
     def _write_shard(
@@ -138,6 +149,24 @@ class FeatureWriter:
                     yield first, decoded.result()
             for record, decoded in waiting:
                 yield record, decoded.result()
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Keep other calls from the shard that is to lie at `path`; False where one is writing it."""
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            log.warning("%s is on a disk without locks (%s): see that only one call writes there", path.parent, error)
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _placeholder_key(record: RawRecord, place: int) -> str:

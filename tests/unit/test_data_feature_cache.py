@@ -196,3 +196,42 @@ def test_members_of_a_shard_are_what_the_docs_say(tmp_path: Path) -> None:
     writer().write("pets", ShardReader(open_shards(str(tmp_path / "source"))), tmp_path / "cache")
     with tarfile.open(fileobj=io.BytesIO((tmp_path / "cache" / "shard-000000.tar").read_bytes())) as tar:
         assert sorted(tar.getnames()) == ["r000000.json", "r000000.tokens", "r000001.json", "r000001.tokens"]
+
+
+def test_two_calls_in_one_folder_never_write_one_shard_together(tmp_path: Path) -> None:
+    write_shards(tmp_path / "source", [6, 5])
+    sources, folder = open_shards(str(tmp_path / "source")), tmp_path / "cache" / "pets"
+    inside: list[bool] = []
+
+    def and_another_call(images: Tensor) -> Tensor:
+        if not inside:
+            inside.append(writer().write("pets", ShardReader(sources), folder))
+        return as_tokens(images)
+
+    assert writer(encoder=and_another_call).write("pets", ShardReader(sources), folder)
+    assert inside == [False], "the other call leaves the shard that is being written alone"
+    assert writer().write("pets", ShardReader(sources), tmp_path / "alone")
+    content = [{path.name: path.read_bytes() for path in where.iterdir()} for where in (folder, tmp_path / "alone")]
+    assert content[0] == content[1]
+
+
+def test_a_dataset_that_has_grown_is_not_whole_before_its_new_shards_are(tmp_path: Path) -> None:
+    write_shards(tmp_path / "source", [6, 5, 4])
+    sources, folder = open_shards(str(tmp_path / "source")), tmp_path / "cache" / "pets"
+    assert writer().write("pets", ShardReader(sources[:2]), folder)
+
+    def fails(images: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        writer(encoder=fails).write("pets", ShardReader(sources), folder)
+    with pytest.raises(ConfigError, match=r"holds only a part of dataset pets"):
+        find_dataset(tmp_path / "cache", "pets")
+    assert writer().write("pets", ShardReader(sources), folder)
+    assert len(open_shards(find_dataset(tmp_path / "cache", "pets"))) == 3
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(DataError, match=r"a file where a folder is meant"):
+        claim_folder(tmp_path / "out", FACTS)
