@@ -17,8 +17,8 @@ from rich.table import Table
 from blip2train import distributed
 from blip2train.cli.check_model import check_precision
 from blip2train.cli.config import build, quiet_libraries, require_filled
-from blip2train.cli.evaluate import choose_device
 from blip2train.cli.features import check_frozen, computing_formats, encoder_facts
+from blip2train.cli.processes import choose_device
 from blip2train.cli.progress import ShowProgress, show_progress
 from blip2train.cli.train import adopt_vision_encoder, check_shipped_backbones
 from blip2train.errors import ConfigError, DataError
@@ -69,9 +69,7 @@ def run(config: DictConfig) -> None:
     plan = _plan(config, out)
     if rank == 0:
         _report_size(config, plan, out)
-    device = choose_device(config.device)
-    if device.type == "cuda" and device.index is None:
-        device = choose_device(f"cuda:{local_rank}")
+    device = choose_device(f"cuda:{local_rank}" if config.device == "cuda" else config.device, local_rank)
     encoder = _build_encoder(config, device)
     claim_folder(out, _facts(config, encoder))
     writer = FeatureWriter(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from blip2train.cli import check
+from blip2train.cli import check, processes
 from blip2train.cli.config import build, find_user_error, quiet_libraries, register_resolvers, require_filled, run_verb
 from blip2train.cli.progress import show_progress
 from blip2train.errors import ConfigError
@@ -107,12 +107,8 @@ def load_model(config: DictConfig, run: RunDir, checkpoint: str = "last") -> nn.
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    """`auto` takes the first GPU if there is one; ConfigError if there is no such device."""
+    return processes.choose_device(name, 0)
 
 
 def _build_benchmark(name: str, part: DictConfig) -> Any:

@@ -17,12 +17,26 @@ if TYPE_CHECKING:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto` gives every process of a machine a GPU of its own, as long as there are some."""
+    """`auto` gives every process of a machine a GPU of its own, as long as there are some.
+
+    Raises:
+        ConfigError: no such device.
+    """
     import torch
 
     if name == "auto" and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("cpu" if name == "auto" else name)
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"no device {name!r}", where="device", fix="auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name} where torch finds {torch.cuda.device_count()} GPUs", where="device", fix="auto or cpu"
+        )
+    return device
 
 
 def count_children(wanted: int | str, world: int, device: str) -> int:
