@@ -111,7 +111,7 @@ def print_findings(inspection: Inspection) -> None:
         return
     table = Table("severity", "finding", "count", "of")
     for row in rows:
-        share = f"{row['of']:,} {row['unit']}" + (f" ({100 * row['count'] / row['of']:.2g} %)" if row["of"] else "")
+        share = f"{row['of']:,} {row['unit']}" + (f" ({_percent(row['count'] / row['of'])} %)" if row["of"] else "")
         severity = f"[{_COLORS[row['severity']]}]{row['severity']}[/]"
         table.add_row(severity, row["finding"], f"{row['count']:,}", share)
     console.print(table)
@@ -120,3 +120,8 @@ def print_findings(inspection: Inspection) -> None:
         console.print(f"  fix: {row['fix']}", highlight=False)
         for example in row["examples"][:_EXAMPLES_SHOWN]:
             console.print(escape(f"  {example}"), highlight=False, soft_wrap=True)
+
+
+def _percent(share: float) -> str:
+    """Two digits, and no exponent for what is large."""
+    return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}"

@@ -17,6 +17,9 @@ from blip2train.cli.config import config_dir, require_filled
 from blip2train.cli.pack_source import open_source
 from blip2train.cli.progress import show_progress
 
+_PLAIN = r"[\w ./*+-]+"
+"""What Hydra reads without quotes, letters of English alone among it."""
+
 
 def run(config: DictConfig) -> None:
     """Pack; a call that was interrupted goes on after its whole shards, and a finished one only shows its table."""
@@ -31,7 +34,7 @@ def run(config: DictConfig) -> None:
             source,
             Path(config.out).expanduser(),
             settings,
-            workers=config.workers or len(os.sched_getaffinity(0)),
+            workers=len(os.sched_getaffinity(0)) if config.workers is None else config.workers,
             max_skipped_share=config.max_skipped_share,
             progress=progress,
         )
@@ -59,8 +62,10 @@ def _print_manifest(out: str, manifest: dict[str, Any]) -> None:
 
 def _next_commands(out: str) -> str:
     """What to do with the shards: look for defects, and add them to a training under their folder's name."""
-    urls = f"'urls=[{Path(out)}/*.tar]'"
-    name = re.sub(r"\W", "_", Path(out).resolve().name)
+    path = f"{Path(out)}/*.tar"
+    urls = f"'urls=[{path}]'" if re.fullmatch(_PLAIN, path, re.ASCII) else f"""'urls=["{path}"]'"""
+    name = re.sub(r"\W", "_", Path(out).resolve().name, flags=re.ASCII)
+    name = f"data_{name}" if re.match("[0-9]", name) else name
     known = (config_dir() / "data" / "dataset" / f"{name}.yaml").is_file() and name != "folder"
     add = f"+data/dataset@data.datasets.{name}={name if known else 'folder'}"
     add += "" if known else f" data.datasets.{name}.name={name}"

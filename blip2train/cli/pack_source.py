@@ -84,9 +84,13 @@ def open_source(config: DictConfig) -> Source:
         raise ConfigError(
             f"source={name} with {len(paths)} files", where="annotations", fix=f"give at most {kind.max_files}"
         )
+    folder, out = Path(config.input).expanduser(), Path(config.out).expanduser()
+    if folder.resolve() == out.resolve():
+        raise ConfigError(
+            "shards among the files they are made of", where=f"input={folder} out={out}", fix=f"give out={out}/shards"
+        )
     texts = {key: None if config[key] is None else str(config[key]) for key in _KEYS[1:]}
-    given = Given(Path(config.input).expanduser(), paths, **texts, out=Path(config.out).expanduser())
-    return kind.make(given)
+    return kind.make(Given(folder, paths, **texts, out=out))
 
 
 def _folder(given: Given) -> Source:

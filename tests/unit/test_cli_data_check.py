@@ -9,7 +9,7 @@ from hostile_world import HostileWorld, build_hostile_world
 from shard_factory import encode, noise, write_shards
 
 from blip2train.cli.config import compose
-from blip2train.cli.data_check import run
+from blip2train.cli.data_check import _percent, run
 from blip2train.data.drop import DROP_CAUSES
 
 
@@ -86,3 +86,10 @@ def test_wrong_settings_say_what_is_right(override: str, message: str, tmp_path:
     write_shards(tmp_path, [1])
     with pytest.raises(ConfigError, match=message):
         run(compose("data_check", [f"urls={tmp_path}", override]))
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(1.0, "100"), (2.5, "250"), (0.333, "33"), (0.0131, "1.3"), (0.0001, "0.01")]
+)
+def test_shares_have_no_exponent(share: float, text: str) -> None:
+    assert _percent(share) == text

@@ -9,7 +9,7 @@ from shard_factory import encode, noise
 
 from blip2train.cli import data_pack
 from blip2train.cli.config import compose
-from blip2train.errors import DataError
+from blip2train.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -32,6 +32,23 @@ def test_the_table_and_the_advice(folder: Path, capsys: pytest.CaptureFixture[st
     config = compose("train", shlex.split(advice["train"].replace("...", "microworld_stage1"))[2:])
     added = config.data.datasets.my_shards
     assert (added.name, added.urls) == ("my_shards", [f"{out}/*.tar"])
+
+
+@pytest.mark.parametrize(("name", "key"), [("ünï, ö", "_n____"), ("2024a", "data_2024a")])
+def test_the_advice_fits_any_folder_name(name: str, key: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_pack.run(compose("data_pack", [f"input={folder}", f"out='{folder}/{name}'", "workers=1"]))
+    check, train = (shlex.split(line.split(":  ", 1)[1]) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert compose("data_check", check[3:]).urls == [f"{folder}/{name}/*.tar"]
+    config = compose(
+        "train", [part for part in train[2:] if part != "experiment=..."] + ["experiment=microworld_stage1"]
+    )
+    assert config.data.datasets[key].urls == [f"{folder}/{name}/*.tar"]
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_no_process_is_too_few(workers: int, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=f"workers={workers}"):
+        data_pack.run(compose("data_pack", [f"input={folder}", f"out={folder}/out", f"workers={workers}"]))
 
 
 def test_the_shards_of_a_shipped_data_set_take_its_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

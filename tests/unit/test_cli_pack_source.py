@@ -114,6 +114,7 @@ def test_a_folder_finds_its_captions_and_leaves_out_the_shards_below_it(folder: 
         (["source=folder"], "no captions for the images"),
         (["source=folder", "image_column=x"], "without a file"),
         (["annotations=[]", "source=coco"], "annotations is not set"),
+        (["source=coco", "annotations=@coco.json", "input=@out"], "shards among the files"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said(folder: Path, overrides: list[str], message: str) -> None:
