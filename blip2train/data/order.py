@@ -37,7 +37,8 @@ TRIES_PER_WINDOW = 8
 """Replacements drawn from one window before the next one is tried: a broken shard may fill a whole window."""
 
 _WORDS_PER_CHUNK = 1 << 16
-_KEPT_EPOCHS = 3
+_KEPT_WORDS = 1 << 20
+_KEPT_EPOCHS = (3, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,9 @@ class DatasetOrder:
         self._key, self._num_streams, self._window = f"{seed}/{name}", num_streams, window
         self._whole = self.num_records <= num_streams * window
         self._starts = _starts(self._sizes)
+        # in a long mixture the streams of a small dataset drift several epochs apart, and take turns
+        words = self.num_records if self._whole else len(sizes)
+        self._kept_epochs = min(max(_KEPT_EPOCHS[0], _KEPT_WORDS // words), _KEPT_EPOCHS[1])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._permutations: OrderedDict[tuple[int, int, int], Integers] = OrderedDict()
 
@@ -129,7 +133,7 @@ class DatasetOrder:
         return _Window(epoch, number, first_draw + start, first_place + start, end - start)
 
     def _locate(self, epoch: int, place: int) -> Place:
-        known = _remember(self._epochs, epoch, _KEPT_EPOCHS, lambda: self._make_epoch(epoch))
+        known = _remember(self._epochs, epoch, self._kept_epochs, lambda: self._make_epoch(epoch))
         return Place(epoch, *known.locate(place, by_record=self._whole))
 
     def _make_epoch(self, epoch: int) -> _Epoch:

@@ -178,3 +178,15 @@ def test_laions_size_is_quick_and_small() -> None:
     tracemalloc.stop()
     assert len(set(seen)) == len(seen) and {place.epoch for place in seen} == {1}
     assert seconds < 2 and peak < 30e6
+
+
+def test_streams_of_a_small_dataset_may_stand_in_many_epochs_at_no_cost() -> None:
+    """In a mixture of 580M samples the streams of a dataset of 64,000 records are several epochs apart."""
+    order = DatasetOrder([8000] * 8, name="small", seed=0, num_streams=64, window=1000)
+    draws = [1000 * (stream % 13) for stream in range(64)]
+    for stream, draw in enumerate(draws):
+        order.record(stream, draw)
+    started = time.perf_counter()
+    seen = [order.record(stream, draw + step) for step in range(1, 11) for stream, draw in enumerate(draws)]
+    assert {place.epoch for place in seen} == set(range(13))
+    assert time.perf_counter() - started < 0.5  # 640 permutations of 64,000 would take some seconds
