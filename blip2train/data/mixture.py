@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import PurePath
 from typing import Any
 
 from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.order import DatasetOrder, MixtureOrder
+from blip2train.data.shard_reader import file_name
 from blip2train.data.shards import Shard, ShardCache, ShardReader, open_shards
 from blip2train.data.stored_tokens import StoredTokens
 from blip2train.errors import ConfigError, DataError
@@ -177,8 +177,8 @@ class Mixture:
 
 
 def _fingerprint(shards: Sequence[Shard]) -> str:
-    """Hash of the shards' names and counts; a dataset may move to another folder."""
+    """Hash of the shards' names and counts; a dataset may move to another folder, a signed url be signed anew."""
     digest = hashlib.sha256()
     for shard in shards:
-        digest.update(f"{PurePath(shard.url).name}:{shard.num_records}\n".encode())
+        digest.update(f"{file_name(shard.url)}:{shard.num_records}\n".encode())
     return f"{sum(shard.num_records for shard in shards)} records in {len(shards)} shards, {digest.hexdigest()[:16]}"

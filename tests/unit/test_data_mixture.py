@@ -10,6 +10,7 @@ import pytest
 from shard_factory import plain, write_shards, write_tar
 
 from blip2train.data.mixture import Dataset, Mixture
+from blip2train.data.shards import Shard
 from blip2train.errors import ConfigError, DataError
 
 
@@ -84,6 +85,15 @@ def test_the_settings_follow_weights_and_shards_but_not_the_folder(folder: Path,
     changed = mixture(tmp_path).settings()
     assert changed["shards"]["small"].startswith("11 records in 2 shards")
     assert {name for name in original if original[name] != changed[name]} == {"shards"}
+
+
+def test_a_url_may_be_signed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(signature: str) -> dict[str, Any]:
+        shards = [Shard(f"https://store/big/{number}.tar?{signature}", 9) for number in range(3)]
+        monkeypatch.setattr("blip2train.data.mixture.open_shards", lambda *_: shards)
+        return Mixture([Dataset("big", "any", plain)], seed=0).settings()
+
+    assert settings("expires=1&sig=a/b") == settings("expires=2&sig=c/d")
 
 
 def test_what_is_no_mixture_is_refused(folder: Path, tmp_path: Path) -> None:
