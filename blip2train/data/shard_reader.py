@@ -6,6 +6,7 @@ reads tars from their beginning and goes on with the next shard, without a word,
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -29,6 +30,7 @@ cannot be had holds `__broken__`, a pair (cause, detail), instead of bytes."""
 
 _ATTEMPTS = 3
 _SECONDS_BEFORE_RETRY = 0.2
+_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
 _FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -72,7 +74,8 @@ class ShardReader:
             Always a record, see `RawRecord`; causes are "unreadable_shard", "truncated_shard" and "duplicate_key".
 
         Raises:
-            DataError: a remote shard cannot be fetched; that is no fault of the data, and goes away.
+            DataError: a remote shard cannot be fetched, or no more files can be opened; that is no fault of the data,
+                and goes away.
         """
         opened = self._opened(shard)
         try:
@@ -155,6 +158,9 @@ class ShardReader:
                 failure = f"{type(error).__name__}: {error.strerror or error}"
                 if isinstance(error, _FINAL_ERRORS):
                     break
+                if error.errno in _TOO_MANY_FILES:
+                    self._keep_fewer_open(shard, error)
+                    return self._look_into(shard)
                 time.sleep(_SECONDS_BEFORE_RETRY * 2**attempt)
                 continue
             table = ShardTable(file)
@@ -165,6 +171,19 @@ class ShardReader:
             failure = table.damage or ""
             break
         return _OpenShard(None, None, failure)
+
+    def _keep_fewer_open(self, shard: int, error: OSError) -> None:
+        """Make do with half the files; a limit of this machine is no fault of the data, which must not be dropped."""
+        if not self._open:
+            raise DataError(
+                f"a shard that cannot be opened ({error.strerror})",
+                where=self.shards[shard].url,
+                fix="allow a process more open files (`ulimit -n 65536`), or use more data.num_workers",
+            ) from error
+        self._max_open = max(1, len(self._open) // 2)
+        while len(self._open) >= self._max_open:
+            self._open.popitem(last=False)[1].close()
+        logger.warning("%s: this reader keeps %d shards open from now on", error.strerror, self._max_open)
 
     def _warn(self, shard: int, table: ShardTable) -> None:
         url, promised = self.shards[shard].url, self.shards[shard].num_records

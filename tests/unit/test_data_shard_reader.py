@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+import os
 import pickle
+import resource
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +225,29 @@ def test_data_behind_the_end_of_the_archive_is_reported(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         assert usable(read_shard(str(joined))) == ["a", "b"]
     assert "behind the end mark" in caplog.text
+
+
+def test_good_shards_are_not_dropped_where_few_files_may_be_open(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write_tar(tmp_path / f"{number}.tar", FILES) for number in range(30)]
+    reader, late = (ShardReader([Shard(str(path), 3) for path in paths]) for _ in range(2))
+    in_use = {int(link.name) for link in Path("/proc/self/fd").iterdir()}
+    tenth_free = [number for number in range(1000) if number not in in_use][9]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (tenth_free + 1, hard))
+    held = []
+    try:
+        records = [reader.record(shard, 0) for shard in range(30)]
+        with suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(DataError, match="Too many open files"):  # it has none to close
+            late.record(0, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in held:
+            os.close(file)
+        reader.close()
+    assert usable(records) == ["a"] * 30
+    assert "Too many open files" in caplog.text
