@@ -59,7 +59,7 @@ def run(config: DictConfig) -> None:
     """Run the encoder over every dataset of the mixture, once; continues where an interrupted call stopped."""
     _check(config)
     from blip2train.data.drop import DropLedger
-    from blip2train.data.feature_cache import claim_folder
+    from blip2train.data.feature_cache import claim_folder, note_sources
     from blip2train.data.feature_writer import FeatureWriter
     from blip2train.data.image_transform import EvalTransform
 
@@ -72,6 +72,8 @@ def run(config: DictConfig) -> None:
     device = choose_device(f"cuda:{local_rank}" if config.device == "cuda" else config.device, local_rank)
     encoder = _build_encoder(config, device)
     claim_folder(out, _facts(config, encoder))
+    for dataset in config.data.datasets.values():
+        note_sources(out / dataset.name, dataset.urls)
     writer = FeatureWriter(
         EvalTransform(encoder.image),  # type: ignore[arg-type]
         _encode(encoder, config, device),

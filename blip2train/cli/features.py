@@ -36,7 +36,7 @@ def with_features(config: DictConfig) -> DictConfig:
     """
     if not config.get("features"):
         return config
-    from blip2train.data.feature_cache import differences, find_dataset, read_facts
+    from blip2train.data.feature_cache import differences, find_dataset, read_facts, read_sources
 
     folder = Path(str(config.features))
     facts = read_facts(folder)
@@ -63,6 +63,12 @@ def with_features(config: DictConfig) -> DictConfig:
         "codec": facts.codec,
     }
     for dataset in plain["data"]["datasets"].values():
+        made_from = read_sources(folder / dataset["name"])
+        if made_from not in (None, dataset["urls"], [dataset["urls"]]):
+            log.warning(
+                "features: %s was made from %s; captions, too, are those. %s, its urls here, are not read",
+                *(dataset["name"], made_from, dataset["urls"]),
+            )
         dataset["urls"] = [find_dataset(folder, dataset["name"])]
         dataset |= {"index": None, "storage_options": {}}
         dataset["transform"] = {

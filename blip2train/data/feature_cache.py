@@ -7,6 +7,7 @@ epoch (paper, section 3.1). LAVIS computes them anew each time.
     folder/<dataset>/shard-*.tar     one per source shard, with its records in its order (see `data/stored_tokens.py`)
     folder/<dataset>/shard-*.json    source, size, checksum and drops of one finished shard
     folder/<dataset>/index.json      written last: the dataset is whole
+    folder/<dataset>/sources.json    the urls that the dataset had
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from blip2train.run_dir import read_json, write_json
 
 FEATURES_NAME = "features.json"
 FORMAT = 1
+_SOURCES_NAME = "sources.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         elif _plain(old) != _plain(new):
             found.append(f"{path}{name} {old!r} there, {new!r} here")
     return found
+
+
+def note_sources(folder: Path, urls: str | Sequence[str]) -> None:
+    """Say in a dataset's folder what it is made from."""
+    write_json(folder / _SOURCES_NAME, {"urls": [urls] if isinstance(urls, str) else list(urls)})
+
+
+def read_sources(folder: Path) -> list[str] | None:
+    """The urls that a dataset had when its tokens were made; None where nobody noted them."""
+    path = folder / _SOURCES_NAME
+    return list(read_json(path)["urls"]) if path.is_file() else None
 
 
 def shard_path(folder: Path, index: int) -> Path:

@@ -117,6 +117,16 @@ def test_a_run_from_features_resumes_bit_equal_with_other_workers(laboratory, ex
     assert read_json(resumed.manifest_path)["data"] == read_json(whole.manifest_path)["data"]
 
 
+def test_urls_that_the_cache_was_not_made_from_are_named(
+    laboratory, exact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_features(laboratory.compose(STAGE1, tmp_path / "run", f"features={exact}"))
+    assert "are not read" not in caplog.text
+    other = "data.datasets.microworld.urls=[captioned/*.tar]"
+    with_features(laboratory.compose(STAGE1, tmp_path / "run", f"features={exact}", other))
+    assert "train-*.tar" in caplog.text and "['captioned/*.tar'], its urls here, are not read" in caplog.text
+
+
 def test_a_run_does_not_go_on_from_another_cache_in_the_same_place(laboratory, tmp_path: Path) -> None:
     features = cached(laboratory, tmp_path / "features")
     settings = [f"features={features}", "checkpoint.every_steps=2", "checkpoint.keep_last=0"]
