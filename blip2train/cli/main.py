@@ -16,7 +16,7 @@ VERBS = {
     "evaluate": "evaluate a run's checkpoint:  evaluate run=outputs/... benchmark=microworld_vqa",
     "report": "one HTML page from run folders:  report 'runs=[outputs/a,outputs/b]'",
     "convert": "LAVIS's and transformers' weights in and out:  convert from=lavis to=blip2train source=...",
-    "show": "look inside:  show batch | order | masks | params | estimate | config | paper-diff  [overrides as for train]",
+    "show": "look inside:  show batch | order | masks | params | estimate | config | paper-diff  [as for train]",
     "data": "shards: make, check and look at them: data pack input=FOLDER out=SHARDS; `data --help` lists all",
     "capfilt": "caption images by a model, keep the best by CLIP:  capfilt urls=SHARDS out=NEW_SHARDS",
     "microworld": "the embedded world:  microworld build | microworld pretrain part=opt",
