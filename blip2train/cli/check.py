@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -31,6 +32,8 @@ DATA_MAY_CHANGE_ON_RESUME = (
     *("cache", "drop_log", "max_dropped_share"),
 )
 """Parts of `data` that say who reads, and from where; the samples and their order stay the same."""
+DATASET_MAY_CHANGE_ON_RESUME = ("urls", "index", "storage_options")
+"""Where a dataset lies. The checkpoint knows its shards by name and size, and refuses others."""
 
 
 def stage_number(config: DictConfig) -> int:
@@ -203,5 +206,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple
     ignored = ("run_dir", "resume", *(f"data.{name}" for name in DATA_MAY_CHANGE_ON_RESUME))
     # it trades memory for time and changes no value: what a run out of memory may turn on
     memory_only = ".checkpoint_activations"
-    keys = (key for key in {**before, **now} if not key.startswith(ignored) and not key.endswith(memory_only))
+    places = re.compile(rf"data\.datasets\.[^.]+\.({'|'.join(DATASET_MAY_CHANGE_ON_RESUME)})(\.|$)")
+    keys = (
+        key
+        for key in {**before, **now}
+        if not key.startswith(ignored) and not key.endswith(memory_only) and not places.match(key)
+    )
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}

@@ -70,6 +70,8 @@ def test_resuming_with_other_settings_names_them_and_harmless_ones_pass() -> Non
         "model.qformer.checkpoint_activations=true",
     )
     check.check_same_run(harmless, OmegaConf.create(OmegaConf.to_container(before, resolve=True)), RunDir(Path("x")))
+    moved = composed("experiment=microworld_stage1", "paths.data=elsewhere")
+    check.check_same_run(moved, before, RunDir(Path("x")))
     with pytest.raises(ConfigError, match=r"optim\.lr: \S+ -> 0\.5"):
         check.check_same_run(composed("experiment=microworld_stage1", "optim.lr=0.5"), before, RunDir(Path("x")))
 
