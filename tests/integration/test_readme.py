@@ -80,16 +80,16 @@ SIZES = {
     "blip2train data pack input=PHOTOS out=data/small shards.resize_short_side=256": Size(
         leaves=("data/small/manifest.json",)
     ),
-    "blip2train data check urls=data/small": Size(),
-    "blip2train data view urls=data/small out=outputs/small.html": Size(leaves=("outputs/small.html",)),
-    "blip2train capfilt urls=data/small out=data/captioned": Size(
+    "blip2train data check urls=data/photos": Size(),
+    "blip2train data view urls=data/photos out=outputs/photos.html": Size(leaves=("outputs/photos.html",)),
+    "blip2train capfilt urls=data/photos out=data/captioned": Size(
         ("captioner.model=captioner", "ranker.model=ranker", "captioner.settings.num_captions=2"),
         ("data/captioned/index.json", "data/captioned/report.html"),
     ),
-    "blip2train data cache-features experiment=photos_stage1 out=outputs/features": Size(
-        TOKENIZER, ("outputs/features/features.json",)
-    ),
-    "blip2train train experiment=photos_stage1 features=outputs/features": Size((*FEW_STEPS, *TOKENIZER)),
+    "blip2train data cache-features experiment=photos_stage1 'data.datasets.photos.urls=[data/captioned]' "
+    "out=outputs/features": Size(TOKENIZER, ("outputs/features/features.json",)),
+    "blip2train train experiment=photos_stage1 'data.datasets.photos.urls=[data/captioned]' "
+    "features=outputs/features": Size((*FEW_STEPS, *TOKENIZER)),
     "blip2train show order experiment=photos_stage1 steps=1..3": Size(TOKENIZER),
     "blip2train train experiment=paper/stage1_vitg trainer.devices=16 paths.data=/datasets": Size(COMPOSE_ONLY),
     "blip2train train experiment=paper/stage2_vitg_opt_2_7b trainer.devices=16 paths.data=/datasets "
