@@ -125,6 +125,30 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def check_writable(path: Path, where: str) -> None:
+    """Try whether `write_json` and its like could write this file, so that long work does not end in nothing.
+
+    Args:
+        path: of the file; its folder is made.
+        where: the setting that asked for it, for the message.
+
+    Raises:
+        ConfigError: it is no file, or its folder cannot be made or written to.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "a device or pipe"
+            raise ConfigError(f"{what} where a file is to be written: {path}", where=where, fix="name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror})", where=where, fix="name a file in a folder you may write to"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return loaded
@@ -146,6 +170,10 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

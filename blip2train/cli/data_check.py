@@ -15,6 +15,7 @@ from rich.table import Table
 from blip2train.cli.config import require_filled
 from blip2train.cli.progress import show_progress
 from blip2train.errors import ConfigError, DataError
+from blip2train.run_dir import check_writable, write_json
 
 if TYPE_CHECKING:
     from blip2train.data.inspection import Inspection
@@ -29,14 +30,14 @@ _LIMITS = ("max_words", "max_tokens", "min_side", "max_aspect", "max_pixels")
 def run(config: DictConfig) -> None:
     """Look at every record of some shards; leaves with code 1 when errors were found."""
     require_filled(config)
+    if config.json:
+        check_writable(Path(config.json), f"json={config.json}")
     inspection = inspect(config)
     if not inspection.total("records") and not inspection.findings.counts["unreadable_shard"]:
         raise DataError("no record", where=f"urls={config.urls}", fix="pack the data again")
     errors = errors_of(inspection, config.strict, config.max_unusable_share)
     print_findings(inspection)
     if config.json:
-        from blip2train.run_dir import write_json
-
         path = Path(config.json)
         write_json(path, inspection.to_json() | {"errors": errors})
         log.info("findings: %s", path)

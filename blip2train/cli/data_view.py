@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from blip2train.cli.config import require_filled
 from blip2train.cli.progress import show_progress
 from blip2train.errors import ConfigError, DataError
+from blip2train.run_dir import check_writable
 
 if TYPE_CHECKING:
     from blip2train.data.shards import Shard
@@ -28,6 +29,7 @@ def run(config: DictConfig) -> None:
     require_filled(config)
     if config.num_images < 0:
         raise ConfigError(f"num_images={config.num_images}", where="num_images", fix="give 0 or more")
+    check_writable(Path(config.out), f"out={config.out}")
     from blip2train.data.inspect_record import CheckSettings
     from blip2train.data.inspect_shard import source_of
     from blip2train.data.inspection import inspect_shards

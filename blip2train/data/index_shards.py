@@ -26,6 +26,7 @@ from blip2train.data.shard_reader import file_name
 from blip2train.data.shard_table import ShardTable
 from blip2train.data.worker_process import end_with_parent, submit, worker_context
 from blip2train.errors import ConfigError, DataError
+from blip2train.run_dir import check_writable
 
 Progress = Callable[[int, int | None, int | None], None]
 """Called with (shards done, shards in all, bytes done)."""
@@ -74,7 +75,7 @@ def index_shards(
         index.
 
     Raises:
-        ConfigError: remote shards and no `out`.
+        ConfigError: remote shards and no `out`, or an index that could not be written.
         DataError: a store out of reach, or a file in the index's place that is none. What was done is kept.
     """
     if out is None and any(map(is_remote, urls)):
@@ -147,6 +148,8 @@ class _Books:
         self._saved = time.monotonic()
         self._damaged: dict[Path, dict[str, str]] = {}
         for file in set(self._files.values()):
+            if out or file.parent.is_dir():  # of shards that are not there no index is written
+                check_writable(file, f"out={out}" if out else "out=null (beside the shards)")
             content = file.read_bytes() if file.is_file() else b'{"shards": []}'
             rows, self._damaged[file] = parse_index(content, str(file)), parse_damaged(content)
             self._rows[file] = {name: row for name, row in rows.items() if out or (file.parent / name).is_file()}
