@@ -213,6 +213,7 @@ def _facts(config: DictConfig, encoder: Any) -> FeatureFacts:
         embed_dim=encoder.embed_dim,
         token_bytes=bytes_per_token(CODECS[config.codec], encoder.embed_dim),
         computed_in={**computing_formats(config), "encoder_sha256": _checksum(encoder)},
+        max_pixels=config.data.max_pixels,
     )
 
 

@@ -31,8 +31,8 @@ def with_features(config: DictConfig) -> DictConfig:
     """The config to build: `config` itself, or, where it names `features`, a copy that reads them.
 
     Raises:
-        ConfigError: no such cache, one of another encoder (names every difference, with both values), without one of
-            the datasets, or an encoder that trains.
+        ConfigError: no such cache, one of another encoder (names every difference, with both values), of another
+            `data.max_pixels`, without one of the datasets, or an encoder that trains.
     """
     if not config.get("features"):
         return config
@@ -48,6 +48,13 @@ def with_features(config: DictConfig) -> DictConfig:
             f"the feature cache is of another encoder: {'; '.join(changed)}",
             where=f"features={folder}, model.vision_encoder",
             fix="train with the encoder of the cache, or make a cache for this one (blip2train data cache-features)",
+        )
+    if facts.max_pixels not in (None, config.data.max_pixels):
+        raise ConfigError(
+            f"the feature cache holds pictures up to {facts.max_pixels} pixels, this run's data up to "
+            f"{config.data.max_pixels}: other records would be dropped",
+            where=f"features={folder}, data.max_pixels",
+            fix=f"data.max_pixels={facts.max_pixels}, or make a cache with this limit",
         )
     formats = computing_formats(config)
     computed = {name: facts.computed_in.get(name) for name in formats}

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from blip2train.data.remote import is_remote
 from blip2train.data.shards import INDEX_NAME, Shard, ShardEntry, write_index
 from blip2train.errors import ConfigError, DataError
 from blip2train.run_dir import read_json, write_json
@@ -37,6 +38,7 @@ class FeatureFacts:
         embed_dim: width I.
         token_bytes: C per token.
         computed_in: weights and autocast of the run that made the cache, and the checksum of its encoder.
+        max_pixels: larger pictures have no tokens; None in caches that did not note it.
     """
 
     encoder: Mapping[str, Any]
@@ -45,6 +47,7 @@ class FeatureFacts:
     embed_dim: int
     token_bytes: int
     computed_in: Mapping[str, Any]
+    max_pixels: int | None = None
 
     @property
     def bytes_per_image(self) -> int:
@@ -54,12 +57,23 @@ class FeatureFacts:
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """What the file beside a finished shard says: the shard, the name and records of its source, and drops by cause."""
+    """What the file beside a finished shard says.
+
+    Args:
+        entry: the shard.
+        source: file name of the shard whose tokens it holds.
+        source_records: how many that one had.
+        dropped: records without tokens, by cause.
+        source_bytes: size of the source, None where nobody knew it.
+        source_sha256: of the source, None where no index said it.
+    """
 
     entry: ShardEntry
     source: str
     source_records: int
     dropped: Mapping[str, int]
+    source_bytes: int | None = None
+    source_sha256: str | None = None
 
 
 def read_facts(folder: Path) -> FeatureFacts:
@@ -158,15 +172,31 @@ def read_finished(folder: Path, index: int, source: Shard) -> FinishedShard | No
         return None
     note = read_json(path)
     finished = FinishedShard(**(note | {"entry": ShardEntry(**note["entry"])}))
-    expected = (Path(source.url).name, source.num_records)
-    if (finished.source, finished.source_records) != expected:
+    now = describe_source(source)
+    # what one of the two does not know says nothing
+    before = {name: note[name] for name in now if note.get(name) is not None and now[name] is not None}
+    changed = differences(before, {name: now[name] for name in before})
+    if changed:
         raise DataError(
-            f"tokens of {finished.source} with {finished.source_records} records, where {expected[0]} with "
-            f"{expected[1]} is to be stored: the dataset's shards have changed",
+            f"tokens of another shard than {source.url} ({'; '.join(changed)}): the dataset's shards have changed",
             where=str(folder),
             fix="delete this folder, or give the old shards",
         )
     return finished
+
+
+def describe_source(source: Shard) -> dict[str, Any]:
+    """What tells a source shard from another one, named as in `FinishedShard`; None for what nobody knows.
+
+    A local file tells its size itself: an index may be older than it.
+    """
+    path = None if is_remote(source.url) else Path(source.url)
+    return {
+        "source": Path(source.url).name,
+        "source_records": source.num_records,
+        "source_bytes": path.stat().st_size if path is not None and path.is_file() else source.num_bytes,
+        "source_sha256": source.sha256,
+    }
 
 
 def finish_dataset(folder: Path, sources: Sequence[Shard]) -> bool:

@@ -22,7 +22,14 @@ from torch import Tensor
 
 from blip2train.batch import Sample
 from blip2train.data.drop import Drop, DropLedger
-from blip2train.data.feature_cache import FinishedShard, finish_dataset, note_finished, read_finished, shard_path
+from blip2train.data.feature_cache import (
+    FinishedShard,
+    describe_source,
+    finish_dataset,
+    note_finished,
+    read_finished,
+    shard_path,
+)
 from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.sample import to_sample
@@ -114,6 +121,8 @@ class FeatureWriter:
         self, name: str, source: Shard, records: Iterator[RawRecord], path: Path, progress: Callable[[int, int], None]
     ) -> FinishedShard:
         dropped: Counter[str] = Counter()
+        # before it is read: one that is replaced meanwhile then differs from what is noted
+        described = describe_source(source)
         samples = self._decoded(name, records)
         with TarShard(path, path.with_name(f".{path.name}.partial")) as shard:
             while batch := list(itertools.islice(samples, self._batch_size)):
@@ -132,7 +141,7 @@ class FeatureWriter:
                 dropped.update(drop.cause for drop in drops)
                 progress(len(batch), encoded.nbytes)
             entry = shard.finish()
-        return FinishedShard(entry, Path(source.url).name, source.num_records, dict(dropped))
+        return FinishedShard(entry=entry, dropped=dict(dropped), **described)
 
     def _decoded(self, name: str, records: Iterator[RawRecord]) -> Iterator[tuple[RawRecord, Sample | Drop]]:
         """Records in order, decoded by threads that stay a few batches ahead."""

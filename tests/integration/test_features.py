@@ -149,6 +149,7 @@ def test_a_run_does_not_go_on_from_another_cache_in_the_same_place(laboratory, t
             r"trainable_blocks is 1: the tokens of an encoder that trains change",
         ),
         ("data.datasets.microworld.name=other", r"holds no dataset other[\s\S]*whole: microworld"),
+        ("data.max_pixels=5000", r"pictures up to 89478485 pixels, this run's data up to 5000"),
         ("features=nowhere", r"no feature cache in nowhere"),
     ],
 )
@@ -208,6 +209,8 @@ def test_a_second_call_finds_everything_done(laboratory, exact: Path, monkeypatc
     assert json.loads((exact / "microworld" / "index.json").read_text()) == index
     with pytest.raises(DataError, match=r"another feature cache: codec 'float32' there, 'int8' here"):
         cached(laboratory, exact, "codec=int8")
+    with pytest.raises(DataError, match=r"another feature cache: max_pixels 89478485 there, 5000 here"):
+        cached(laboratory, exact, "codec=float32", "data.max_pixels=5000")
 
 
 def test_show_looks_at_a_batch_and_an_estimate_of_cached_features(

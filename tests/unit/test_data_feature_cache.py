@@ -1,6 +1,7 @@
 """The folder of a feature cache: one shard per source shard, whatever is broken, interrupted or shared by processes."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -16,20 +17,24 @@ from blip2train.batch import ImageSpec, Sample
 from blip2train.data.drop import Drop, DropLedger
 from blip2train.data.feature_cache import (
     FeatureFacts,
+    FinishedShard,
     claim_folder,
+    describe_source,
     differences,
     find_dataset,
+    note_finished,
     read_facts,
+    read_finished,
 )
 from blip2train.data.feature_writer import FeatureWriter
 from blip2train.data.image_transform import EvalTransform
 from blip2train.data.sample import to_sample
-from blip2train.data.shards import Shard, ShardReader, open_shards
+from blip2train.data.shards import Shard, ShardEntry, ShardReader, open_shards
 from blip2train.data.stored_tokens import StoredTokens
 from blip2train.errors import ConfigError, DataError
 
 SPEC = ImageSpec(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-FACTS = FeatureFacts({"name": "vit", "layer": -2, "image": {"size": 8}}, "int8", 4, 44, 48, {"autocast": None})
+FACTS = FeatureFacts({"name": "vit", "layer": -2, "image": {"size": 8}}, "int8", 4, 44, 48, {"autocast": None}, 100)
 STORED = StoredTokens(num_tokens=4, token_bytes=48)
 
 
@@ -153,6 +158,37 @@ def test_a_dataset_whose_shards_have_changed_is_not_continued(tmp_path: Path) ->
         writer().write("pets", ShardReader(sources[:1]), tmp_path / "cache")
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_shard_that_was_packed_anew_under_its_name_is_not_taken_for_the_old_one(
+    tmp_path: Path, indexed: bool
+) -> None:
+    """By its size; with an index also by its checksum, at the same size."""
+    path = write_shards(tmp_path / "source", [3])[0]
+    before = path.read_bytes()
+
+    def opened() -> list[Shard]:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if indexed else None
+        return [Shard(str(path), 3, path.stat().st_size if indexed else None, digest)]
+
+    assert writer().write("pets", ShardReader(opened()), tmp_path / "cache")
+    path.write_bytes(before[:-1] + b"1" if indexed else before + bytes(512))
+    named = "source_sha256" if indexed else f"source_bytes {len(before)} there, {len(before) + 512} here"
+    with pytest.raises(DataError, match=rf"{named}[\s\S]*the dataset's shards have changed"):
+        writer().write("pets", ShardReader(opened()), tmp_path / "cache")
+    path.write_bytes(before)
+    assert writer().write("pets", ShardReader(opened()), tmp_path / "cache")
+
+
+def test_a_remote_shard_is_told_by_what_its_index_says_and_an_unknown_size_says_nothing(tmp_path: Path) -> None:
+    entry = ShardEntry("shard-000000.tar", 3, 4, "")
+    url = "https://example.org/a.tar"
+    (tmp_path / "shard-000000.tar").write_bytes(b"....")
+    note_finished(tmp_path, 0, FinishedShard(entry, dropped={}, **describe_source(Shard(url, 3, 700))))
+    assert read_finished(tmp_path, 0, Shard(url, 3)) == read_finished(tmp_path, 0, Shard(url, 3, 700, "ab"))
+    with pytest.raises(DataError, match=r"source_bytes 700 there, 800 here"):
+        read_finished(tmp_path, 0, Shard(url, 3, 800))
+
+
 def test_a_folder_is_one_cache_and_says_what_another_differs_in(tmp_path: Path) -> None:
     claim_folder(tmp_path / "cache", FACTS)
     claim_folder(tmp_path / "cache", FACTS)
@@ -160,6 +196,8 @@ def test_a_folder_is_one_cache_and_says_what_another_differs_in(tmp_path: Path) 
     other = dataclasses.replace(FACTS, codec="float8", encoder=FACTS.encoder | {"layer": -1})
     with pytest.raises(DataError, match=r"codec 'int8' there, 'float8' here; encoder.layer -2 there, -1 here"):
         claim_folder(tmp_path / "cache", other)
+    with pytest.raises(DataError, match=r"max_pixels 100 there, 200 here"):
+        claim_folder(tmp_path / "cache", dataclasses.replace(FACTS, max_pixels=200))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     with pytest.raises(DataError, match=r"a folder with other files in it"):
