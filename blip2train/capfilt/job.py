@@ -1,7 +1,8 @@
 """A folder of shards that any number of processes fill: who takes which shard, what is done, and when all is.
 
 Implements the bookkeeping of CapFilt at the paper's scale (129 million images). A process may be killed at any moment,
-and the same command continues; the result does not depend on who did what.
+and the same command continues; the result does not depend on who did what. A folder belongs to the settings it was
+begun with as soon as a shard is written or in work; a call that was refused before that leaves it free.
 
     out/shard-000000.tar ...     one per input shard, in the order of the inputs
     out/.capfilt/settings.json   what this folder is: inputs, models, settings
@@ -15,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from blip2train.capfilt.shard import ShardResult
 from blip2train.data.shards import INDEX_NAME, Shard
 from blip2train.errors import DataError
 from blip2train.run_dir import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 _STATE_FOLDER = ".capfilt"
@@ -50,6 +54,7 @@ class Job:
         self.shards, self.out, self._prefix = list(shards), Path(out), prefix
         self.identity = {"prefix": prefix, "inputs": _inputs(self.shards), **identity}
         self._state = self.out / _STATE_FOLDER
+        self._settings = self._state / "settings.json"
         self._read: dict[int, int] = {}
 
     @property
@@ -65,22 +70,18 @@ class Job:
         """
         if self.out.exists() and not self.out.is_dir():
             raise DataError("a file where a folder is meant", where=str(self.out), fix="choose another out=")
-        settings = self._state / "settings.json"
-        if not settings.is_file():
-            foreign = [*self.out.glob("*.tar"), *(self.out / name for name in (INDEX_NAME, MANIFEST_NAME))]
-            found = [path.name for path in foreign if path.exists()]
+        if not self._settings.is_file():
+            found = self._foreign()
             if found:
                 raise DataError(
                     f"a folder that holds another data set ({', '.join(found[:3])})",
                     where=str(self.out),
                     fix="choose another folder for out=, or delete this one",
                 )
-            write_json(settings, self.identity)
-        before = _flat(read_json(settings))
-        # as JSON gives it back: tuples are lists there
-        now = _flat(json.loads(json.dumps(self.identity)))
-        changed = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in sorted(before | now)
-                   if before.get(name) != now.get(name)]  # fmt: skip
+            write_json(self._settings, self.identity)
+        if self._changed() and not self._is_begun():
+            self._begin_anew()
+        changed = self._changed()  # again: another process of this call may have been first
         if changed:
             raise DataError(
                 f"a folder begun with other settings ({'; '.join(changed[:4])})",
@@ -104,6 +105,9 @@ class Job:
             world: number of processes.
             progress: called often.
             prefetch: called with the own shard that comes after the one about to be done.
+
+        Raises:
+            DataError: a call with other settings has begun the folder anew since `prepare`.
         """
         own = range(rank, len(self.shards), world)
         mine = set(own)
@@ -145,7 +149,11 @@ class Job:
         out = self._output(index)
         for left_over in self.out.glob(f".{out.name}.*.partial"):  # of a killed process: nobody else has this shard
             left_over.unlink()
-        result = process(self.shards[index], out, note)
+        try:
+            result = process(self.shards[index], out, note)
+        except BaseException:
+            out.unlink(missing_ok=True)  # without its marker it is no result
+            raise
         write_json(self._marker(index), {"url": self.shards[index].url} | result.as_dict())
 
     @contextmanager
@@ -162,11 +170,49 @@ class Job:
         try:
             # a lock that was free may be that of a process which has just finished the shard
             free = _lock(lock, or_else=is_own) and not self._has(index)
+            if free and self._changed():
+                raise DataError(
+                    f"another call has begun this folder anew, with other settings ({'; '.join(self._changed()[:4])})",
+                    where=str(self.out),
+                    fix="choose another out= for one of the two",
+                )
             yield lock if free else None
             if free:
                 path.unlink(missing_ok=True)
         finally:
             os.close(lock)
+
+    def _is_begun(self) -> bool:
+        """Something came out of a shard, or a process has one in hand."""
+        if self._foreign() or any(read_json(path)["entry"] is not None for path in self._markers()):
+            return True
+        return any(_is_held(path) for path in self._state.glob("*.lock"))
+
+    def _begin_anew(self) -> None:
+        changed = "; ".join(self._changed()[:4])
+        log.info("%s: begun anew, for nothing came of the settings it was begun with (%s)", self.out, changed)
+        for left_over in (*self._markers(), *self.out.glob(".*.tar.*.partial")):
+            left_over.unlink(missing_ok=True)
+        write_json(self._settings, self.identity)
+
+    def _markers(self) -> Iterator[Path]:
+        return self._state.glob("[0-9]*.json")
+
+    def _foreign(self) -> list[str]:
+        """Names of what makes the folder a data set."""
+        paths = [*self.out.glob("*.tar"), *(self.out / name for name in (INDEX_NAME, MANIFEST_NAME))]
+        return [path.name for path in paths if path.exists()]
+
+    def _changed(self) -> list[str]:
+        """Settings in which the folder differs from this job."""
+        before = _flat(read_json(self._settings))
+        # as JSON gives it back: tuples are lists there
+        now = _flat(json.loads(json.dumps(self.identity)))
+        return [
+            f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+            for name in sorted(before | now)
+            if before.get(name) != now.get(name)
+        ]
 
     def _has(self, index: int) -> bool:
         marker = self._marker(index)
@@ -190,6 +236,18 @@ def _lock(file: int, *, or_else: bool) -> bool:
             raise
         return or_else
     return True
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process holds this lock file; on a file system without locks, whether it is there."""
+    try:
+        file = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _lock(file, or_else=False)
+    finally:
+        os.close(file)
 
 
 def _number(path: Path) -> int:

@@ -195,19 +195,82 @@ def test_a_shard_without_a_usable_record_is_done_all_the_same(tmp_path: Path) ->
     assert [row["name"] for row in finish(whole, 1.0)["shards"]] == ["shard-000001.tar"]
 
 
+def stop_after(number: int) -> Callable[..., ShardResult]:
+    """Does so many shards; writes one more, and is refused."""
+    done: list[str] = []
+
+    def process(shard: Shard, out: Path, progress: Callable[[int], None]) -> ShardResult:
+        result = processing(done=done)(shard, out, progress)
+        if len(done) > number:
+            raise DataError("too many", where="here", fix="none")
+        return result
+
+    return process
+
+
+@pytest.fixture
+def begun(urls: list[str], tmp_path: Path) -> Path:
+    """A folder with one shard done."""
+    with pytest.raises(DataError, match="too many"):
+        job(urls, tmp_path / "out").work(stop_after(1), 0, 1, lambda: None)
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["shard-000000.tar"]
+    return tmp_path / "out"
+
+
 @pytest.mark.parametrize("change", [{"captioner": {"model": "m", "seed": 1}}, {"rule": {"keep": 3}}])
 def test_a_folder_begun_with_other_settings_is_refused_and_says_which(
-    urls: list[str], tmp_path: Path, change: dict[str, Any]
+    urls: list[str], begun: Path, change: dict[str, Any]
 ) -> None:
-    job(urls, tmp_path / "out")
     with pytest.raises(DataError, match=r"captioner\.seed: 0 there, 1 now|rule\.keep: None there, 3 now"):
-        job(urls, tmp_path / "out", **change)
+        job(urls, begun, **change)
 
 
-def test_other_inputs_are_refused(urls: list[str], tmp_path: Path) -> None:
-    job(urls, tmp_path / "out")
+def test_other_inputs_are_refused(urls: list[str], begun: Path) -> None:
     with pytest.raises(DataError, match="inputs.num_shards"):
-        job(urls[:2], tmp_path / "out")
+        job(urls[:2], begun)
+
+
+def test_a_call_that_was_refused_in_its_first_shard_leaves_the_folder_to_corrected_ones(
+    urls: list[str], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="too many"):
+        job(urls[:2], tmp_path / "out").work(stop_after(0), 0, 1, lambda: None)
+    (tmp_path / "out" / ".shard-000001.tar.4711.partial").write_bytes(b"half")
+    corrected = job(urls, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".shard*"))
+    corrected.work(processing(), 0, 1, lambda: None)
+    finish(corrected, 1.0)
+    assert content(tmp_path / "out") == expected
+
+
+def test_inputs_without_a_usable_record_leave_the_folder_to_corrected_ones(
+    urls: list[str], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    wrong = job(write_web_shards(tmp_path / "in", [2, 3], broken=range(5)), tmp_path / "out")
+    wrong.work(processing(), 0, 1, lambda: None)
+    with pytest.raises(DataError):
+        finish(wrong, 1.0)
+    corrected = job(urls, tmp_path / "out")
+    corrected.work(processing(), 0, 1, lambda: None)
+    finish(corrected, 1.0)
+    assert content(tmp_path / "out") == expected
+
+
+def test_a_folder_whose_first_shard_is_in_work_is_not_begun_anew(urls: list[str], tmp_path: Path) -> None:
+    def process(shard: Shard, out: Path, progress: Callable[[int], None]) -> ShardResult:
+        with pytest.raises(DataError, match="inputs.num_shards"):
+            job(urls[:2], tmp_path / "out")
+        return processing()(shard, out, progress)
+
+    job(urls, tmp_path / "out").work(process, 0, 1, lambda: None)
+
+
+def test_a_call_whose_folder_was_begun_anew_before_its_first_shard_does_none(urls: list[str], tmp_path: Path) -> None:
+    slow = job(urls, tmp_path / "out")
+    job(urls[:2], tmp_path / "out")
+    with pytest.raises(DataError, match="another call has begun this folder anew"):
+        slow.work(processing(), 0, 1, lambda: None)
+    assert not list((tmp_path / "out").glob("*.tar"))
 
 
 def test_a_folder_with_another_data_set_is_left_alone(urls: list[str], tmp_path: Path) -> None:
