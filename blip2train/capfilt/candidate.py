@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from blip2train.capfilt.setting import check_types
 from blip2train.data.caption import clean_caption
 from blip2train.errors import ConfigError
 
@@ -55,6 +56,7 @@ class KeepRule:
     min_words: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self, "rule")
         for name, value in (("keep", self.keep), ("min_words", self.min_words)):
             if value < 1:
                 raise ConfigError(f"{name}={value}", where=f"rule.{name}", fix="give 1 or more")

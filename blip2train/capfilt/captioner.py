@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from blip2train.capfilt.sampling import SeededNucleus, draw_uniforms
+from blip2train.capfilt.setting import check_types
 from blip2train.errors import ConfigError
 
 
@@ -44,6 +45,7 @@ class CaptionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self, "captioner.settings")
         problems = {
             f"num_captions={self.num_captions}": self.num_captions < 1,
             f"top_p={self.top_p}": not 0 < self.top_p <= 1,

@@ -27,6 +27,7 @@ from blip2train.capfilt.captioner import Captioner
 from blip2train.capfilt.example import Examples
 from blip2train.capfilt.item import Item, read_item
 from blip2train.capfilt.ranker import Ranker
+from blip2train.capfilt.setting import check_types
 from blip2train.capfilt.shard_file import ShardFile, describe, writing
 from blip2train.capfilt.statistics import Statistics
 from blip2train.data.drop import Drop
@@ -54,6 +55,7 @@ class ShardSettings:
     keep_unusable: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, "")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}", where="batch_size", fix="give 1 or more")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,7 +27,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _SECONDS_BETWEEN_LOOKS = 2.0
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "urls": (str, list),
+    "out": (str,),
+    "index": (str, type(None)),
+    "storage_options": (dict,),
+    "cache": (dict,),
+    "cache.folder": (str, type(None)),
+    "cache.max_gb": (float,),
+    "captioner": (dict,),
+    "captioner.model": (str,),
+    "captioner.checkpoint": (str,),
+    "captioner.dtype": (str,),
+    "captioner.settings": (dict,),
+    "ranker": (dict,),
+    "ranker.model": (str,),
+    "ranker.dtype": (str,),
+    "rule": (dict,),
+    "max_dropped_share": (float,),
+    "device": (str, int),
+}
+"""What the values are that no dataclass takes; above what lies in them."""
 
 
 def main() -> None:
@@ -57,8 +81,9 @@ def capfilt(config: DictConfig) -> dict[str, Any] | None:
     from blip2train.distributed import launched_as
     from blip2train.report.capfilt import write_page
 
-    writing = CaptionSettings(**dict(config.captioner.settings))
-    rule = KeepRule(**dict(config.rule))
+    check_kinds(config)
+    writing = _settings(CaptionSettings, config.captioner.settings, "captioner.settings")
+    rule = _settings(KeepRule, config.rule, "rule")
     settings = ShardSettings(rule, config.store_all, config.batch_size, config.keep_unusable)
     rank, world, local_rank = launched_as()
     device = choose_device(config.device, local_rank)
@@ -79,6 +104,29 @@ def capfilt(config: DictConfig) -> dict[str, Any] | None:
         page,
     )  # fmt: skip
     return manifest
+
+
+def check_kinds(config: DictConfig) -> None:
+    """ConfigError if a value is of another kind than it must be."""
+    from blip2train.capfilt.setting import check_type
+
+    for key, kinds in _KINDS.items():
+        value = OmegaConf.select(config, key)
+        check_type(OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value, kinds, key)
+    if not 0 <= config.max_dropped_share <= 1:
+        raise ConfigError(
+            f"max_dropped_share={config.max_dropped_share}", where="max_dropped_share", fix="give a share from 0 to 1"
+        )
+
+
+def _settings(kind: type[T], node: DictConfig, where: str) -> T:
+    """A dataclass of its settings; ConfigError if one of them is none of its."""
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    unknown = [str(name) for name in values if name not in known]
+    if unknown:
+        raise ConfigError(f"no setting {', '.join(unknown)}", where=where, fix=f"it has {', '.join(known)}")
+    return kind(**values)
 
 
 def open_job(config: DictConfig, writing: CaptionSettings, settings: ShardSettings, device: torch.device) -> Job:

@@ -1,5 +1,7 @@
 """CapFilt's rule: what counts as one text, who wrote it, and which are kept."""
 
+from typing import Any
+
 import pytest
 
 from blip2train.capfilt.candidate import Candidate, KeepRule, gather_candidates, rank_candidates
@@ -45,7 +47,9 @@ def test_a_score_below_the_minimum_is_not_kept_even_if_nothing_is_left() -> None
     assert not any(row.kept for row in rank_candidates(candidates, [0.1, 0.2], KeepRule(min_score=0.3)))
 
 
-@pytest.mark.parametrize("setting", [{"keep": 0}, {"min_words": 0}])
-def test_a_rule_that_keeps_nothing_is_refused(setting: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "setting", [{"keep": 0}, {"min_words": 0}, {"keep": "all"}, {"min_score": "high"}, {"min_words": None}]
+)
+def test_a_rule_that_keeps_nothing_or_is_none_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         KeepRule(**setting)

@@ -240,6 +240,14 @@ def test_a_greedy_caption_of_stage_1_takes_the_most_likely_token_after_every_pre
         ({"min_tokens": 20}, "min_tokens=20 with max_tokens=20"),
         ({"num_beams": 3}, "do_sample with num_beams=3"),
         ({"do_sample": False, "num_beams": 3}, "10 captions from 3 beams"),
+        ({"num_captions": "many"}, "num_captions='many'"),
+        ({"num_captions": 2.5}, "num_captions=2.5"),
+        ({"num_beams": True}, "num_beams=True"),
+        ({"do_sample": "sometimes"}, "do_sample='sometimes'"),
+        ({"top_p": None}, "top_p=None"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"prompt": 5}, "prompt=5"),
+        ({"seed": [1]}, r"seed=\[1\]"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(setting: dict[str, object], named: str) -> None:
