@@ -129,6 +129,16 @@ def test_what_cannot_be_used_is_said_before_any_work(
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
+def test_a_refused_call_is_repeated_in_the_same_folder_with_what_was_wrong_corrected(
+    shards: Path, models: tuple[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="cannot be loaded as a ranker"):
+        capfilt(config(shards, tmp_path / "out", *models, "ranker.model=/no/such/model"))
+    one = f"urls=[{min(shards.glob('*.tar'))}]"
+    manifest = capfilt(compose("capfilt", [*settings(shards, tmp_path / "out", *models), one]))
+    assert manifest is not None and len(manifest["shards"]) == 1
+
+
 def test_a_process_knows_its_place_from_torchrun_and_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
