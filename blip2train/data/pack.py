@@ -18,12 +18,13 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -94,7 +95,8 @@ def pack(
             _check_budget(folder, duplicates, max_skipped_share, folder.totals.rows + duplicates.count)
             skipped = source.skipped.merged(duplicates.skipped)
             made = {"seconds": round(time.monotonic() - start, 1), "workers": workers}
-            return pack_manifest.close(folder, skipped, duplicates.path, source.notes(), made)
+            notes = source.notes() | ({"keys_with_a_hash": duplicates.num_renamed} if duplicates.num_renamed else {})
+            return pack_manifest.close(folder, skipped, duplicates.path, notes, made)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -161,15 +163,16 @@ class _Records:
 
 
 class _Duplicates:
-    """Rows whose key an earlier one has.
+    """Rows of an image that came before, and rows of other images whose key an earlier one has: those get their own.
 
-    They, and what the source leaves out, are named in a file that every call makes anew; what is left out of the shards
-    is in their reports.
+    The former, and what the source leaves out, are named in a file that every call makes anew; what is left out of the
+    shards is in their reports.
     """
 
     def __init__(self, path: Path, source: Source) -> None:
         self.path = path
         self.skipped = Skipped(tell=self._tell)
+        self.num_renamed = 0
         self._seen = KeySet()
         self._file: IO[str] | None = None
         source.skipped.tell = self._tell
@@ -190,14 +193,18 @@ class _Duplicates:
         return sum(self.skipped.counts.values())
 
     def without(self, rows: Iterable[Row], batch_size: int) -> Iterator[Row]:
-        """The rows whose key is new."""
+        """The rows of new images, each with a key that no other has."""
         rows = iter(rows)
         while batch := list(itertools.islice(rows, batch_size)):
-            for row, is_new in zip(batch, self._seen.add([row.key for row in batch]), strict=True):
-                if is_new:
+            names = [os.path.normpath(row.name) for row in batch]  # ./a.jpg is a.jpg
+            for row, key in zip(batch, self._seen.claim([row.key for row in batch], names), strict=True):
+                if key is None:
+                    self.skipped.add("duplicate_key", row.name)
+                elif key == row.key:
                     yield row
                 else:
-                    self.skipped.add("duplicate_key", row.name)
+                    self.num_renamed += 1
+                    yield replace(row, key=key)
 
 
 def _make_all(

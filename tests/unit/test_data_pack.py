@@ -71,7 +71,7 @@ def test_the_shared_photographs_pack_as_they_are(shared_data: Path, tmp_path: Pa
 
 def test_what_is_left_out_is_counted_named_and_listed(tmp_path: Path) -> None:
     all_rows = write_images(tmp_path / "images", 24)
-    all_rows[5] = Row("k0", "again.jpg", {"captions": ["the key of the first"]}, all_rows[5].image)
+    all_rows[5] = Row("k0", "./0.jpg", {"captions": ["the first image again"]}, all_rows[0].image)
     all_rows[8] = Row("k8", "8.jpg", {"captions": ["\ud800"]}, all_rows[8].image)
     out = tmp_path / "out"
     manifest = pack(ListSource(all_rows, bad_lines=30), out, SETTINGS)
@@ -82,10 +82,34 @@ def test_what_is_left_out_is_counted_named_and_listed(tmp_path: Path) -> None:
     assert manifest["skipped_examples"]["missing_image"] == ["6.jpg", "13.jpg", "20.jpg"]
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [row["name"] for row in listed[:30]] == [f"line {number}" for number in range(30)]
-    assert listed[30] == {"cause": "duplicate_key", "name": "again.jpg"}
+    assert listed[30] == {"cause": "duplicate_key", "name": "./0.jpg"}
     assert [row["name"] for row in listed[31:]] == ["6.jpg", "8.jpg", "10.jpg", "13.jpg", "20.jpg", "21.jpg"]
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert len(items(out)) == 17
+
+
+def test_images_of_one_key_are_all_packed(tmp_path: Path) -> None:
+    """The first keeps its key; so does every image of a set without such names."""
+    names = ["a b.jpg", "a,b.jpg", "c.jpg", "c.png", "plain.jpg", "d/e.jpg"]
+    images = {name: encode(noise(number, 40, 60), name[-3:]) for number, name in enumerate(names)}
+    lines = []
+    for name, image in images.items():
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(image)
+        lines.append(json.dumps({"image": name, "caption": name}) + "\n")
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(lines))
+    for size, workers in ((1, 2), (4, 1), (1000, 1)):
+        out = tmp_path / f"out-{size}"
+        manifest = pack(FolderSource(tmp_path / "images", captions), out, PackSettings(size), workers=workers)
+        assert manifest["skipped"] == {} and manifest["notes"] == {"keys_with_a_hash": 2}
+        suffixes = [hashlib.blake2b(name.encode(), digest_size=4).hexdigest() for name in ("a,b.jpg", "c.png")]
+        found = items(out)
+        assert [item.key for item in found] == ["a_b", f"a_b-{suffixes[0]}", "c", f"c-{suffixes[1]}", "plain", "d/e"]
+        for item, (name, image) in zip(found, images.items(), strict=True):
+            assert item.captions == (name,)
+            np.testing.assert_array_equal(item.image.numpy(), decode_image(image).numpy())
+        assert len({item.image_id for item in found}) == len(names)
 
 
 def test_the_manifest_says_what_is_in_the_shards(rows: list[Row], tmp_path: Path) -> None:

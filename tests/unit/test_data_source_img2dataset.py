@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_factory import write_tar
+from shard_factory import encode, noise, plain, write_tar
 
+from blip2train.batch import to_image_id
+from blip2train.data.pack import pack
+from blip2train.data.sample import read_eval_items
 from blip2train.data.source.base import load
 from blip2train.data.source.img2dataset import Img2DatasetSource, failure_cause
 from blip2train.errors import DataError
@@ -103,6 +106,18 @@ def test_without_a_hash_the_id_is_of_this_data_set(tmp_path: Path) -> None:
     source = Img2DatasetSource(tmp_path, kind="coyo")
     assert records(source) == [("000000000", {"captions": ["x"], "url": "u", "image_id": "coyo/000000000"}, b"image")]
     assert source.count() is None and source.notes()["downloads"]["shards_without_counts"] == 1
+
+
+def test_tars_that_count_from_zero_each_lose_nothing_and_share_no_id(tmp_path: Path) -> None:
+    for shard in range(2):
+        files = [("0.png", encode(noise(shard))), ("0.json", json.dumps({"caption": f"shard {shard}"}).encode())]
+        write_tar(tmp_path / "in" / f"{shard:05d}.tar", files)
+    manifest = pack(Img2DatasetSource(tmp_path / "in", kind="coyo"), tmp_path / "out")
+    assert (manifest["num_records"], manifest["skipped"]) == (2, {})
+    packed = [(item.captions, item.key, item.image_id) for item in read_eval_items(str(tmp_path / "out"), plain)]
+    later = f"0-{hashlib.blake2b(b'00001.tar/0', digest_size=4).hexdigest()}"
+    expected = [(("shard 0",), "0"), (("shard 1",), later)]
+    assert packed == [(captions, key, to_image_id(f"coyo/{key}")) for captions, key in expected]
 
 
 def test_an_id_saved_with_the_images_is_theirs(tmp_path: Path) -> None:

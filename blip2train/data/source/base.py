@@ -46,14 +46,14 @@ class Row:
 
     Args:
         key: of the record, as `safe_key` makes it; sources promise one key per image, not that two images never share
-            one.
-        name: as the source calls the image, for messages.
+            one: of those with other names, the packer gives the later one a hash of its name.
+        name: as the source calls the image; two rows of one key and one name are one image.
         fields: the record's JSON.
         image: encoded bytes, a place in a tar, or paths of which the first that exists is the image.
         texts: files beside the image that `load` adds to `fields`: "json" (an object) and "txt" (one caption).
         needs_text: leave the row out when it has neither captions nor questions.
-        tidy: last change to the fields once the texts are in; a function of a module, so that it can be sent to
-            another process.
+        tidy: last change to the fields, of the key and them, once the texts are in; a function of a module, so that
+            it can be sent to another process.
     """
 
     key: str
@@ -62,7 +62,7 @@ class Row:
     image: bytes | FileSlice | tuple[Path, ...]
     texts: Mapping[str, Path | FileSlice] = field(default_factory=dict)
     needs_text: bool = True
-    tidy: Callable[[Fields], Fields] | None = None
+    tidy: Callable[[str, Fields], Fields] | None = None
 
 
 @dataclass
@@ -133,7 +133,7 @@ def load(row: Row) -> tuple[Fields, bytes] | str:
             if cause is not None:
                 return cause
         if row.tidy is not None:
-            fields = row.tidy(fields)
+            fields = row.tidy(row.key, fields)
         if row.needs_text and not fields.get("captions") and not fields.get("questions"):
             return "no_caption"
         image = _read_image(row)
@@ -145,7 +145,7 @@ def load(row: Row) -> tuple[Fields, bytes] | str:
 
 
 def safe_key(name: str) -> str:
-    """A record key from a path or name: no dots (they end a key in a tar), slashes kept."""
+    """A record key from a path or name: no dots (they end a key in a tar), slashes kept. Several names may have one."""
     return re.sub(r"[^\w/-]", "_", name).strip("/_") or "_".join(str(byte) for byte in name.encode())
 
 

@@ -86,7 +86,7 @@ class Img2DatasetSource:
             for row in self._read_tar(part) if part.suffix == ".tar" else self._read_files(part):
                 num_known += 1
                 key = safe_key(str(place / row.key))
-                yield Row(key, row.name, {}, row.image, row.texts, tidy=partial(_tidy, f"{self._kind}/{key}"))
+                yield Row(key, row.name, {}, row.image, row.texts, tidy=partial(_tidy, self._kind))
             num_known += sum(self.skipped.counts.values())
             promised = self._stats[part].get("successes", num_known)
             if promised > num_known:
@@ -134,14 +134,14 @@ class Img2DatasetSource:
             yield Row(Path(row.key).name, row.name, {}, row.image, row.texts)
 
 
-def _tidy(unique_name: str, fields: Fields) -> Fields:
+def _tidy(kind: str, key: str, fields: Fields) -> Fields:
     """Leave out what says nothing of the image as it is stored, and let equal downloads have one id.
 
-    A column `image_id` that was saved with the images is the id; else the hash of the download, else its name.
+    A column `image_id` that was saved with the images is the id; else the hash of the download, else its key.
     """
     kept = {name: value for name, value in fields.items() if name not in _DROPPED and value is not None}
     digest = kept.get("sha256")
-    image_id: int | str = unique_name
+    image_id: int | str = f"{kind}/{key}"
     if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest):
         image_id = int(digest[:15], 16)  # 60 bits: a positive int64
     return {"image_id": image_id} | kept
