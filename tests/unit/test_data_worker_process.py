@@ -42,6 +42,7 @@ INTERRUPTED = """
 import os, signal, threading
 from concurrent.futures import ProcessPoolExecutor
 from blip2train.data.worker_process import end_with_parent, submit, worker_context
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in its background
 pool = ProcessPoolExecutor(1, worker_context("slow_import"), end_with_parent)
 threading.Timer(0.3, os.killpg, (0, signal.SIGINT)).start()
 try:
