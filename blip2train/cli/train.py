@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.cli.evaluate import load_run_config
-from blip2train.cli.features import check_same_features, describe_features, with_features
-from blip2train.errors import Blip2TrainError, ConfigError
+from blip2train.cli.features import describe_features, with_features
+from blip2train.cli.resume import checkpoint_to_resume, step_of
+from blip2train.errors import Blip2TrainError
 from blip2train.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from blip2train.cli.initial_weights import InitialWeights
+    from blip2train.data.datamodule import BlipDataModule
     from blip2train.stage.common import WeightLoader
 
 log = logging.getLogger(__name__)
@@ -76,16 +78,16 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     quiet_libraries()  # after Lightning's import, which sets its own log level
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    checkpoint = _checkpoint_to_resume(config, run)
+    checkpoint = checkpoint_to_resume(config, run)
     pl.seed_everything(config.seed, verbose=False)
     datamodule = build(built.data)
     tokenizer = datamodule.collator.tokenizer
     weights = InitialWeights(built, checkpoint, tokenizer.words if check.stage_number(config) == 1 else ())
     module = build_module(built, weights)
-    start = None if checkpoint else _Start(config, built, run, weights, tokenizer.vocab_size)
+    start = None if checkpoint else _Start(config, built, run, weights, datamodule)
     interrupt = InterruptCallback(config.log_every_steps)
     metrics = MetricsCallback(config.log_every_steps, more=datamodule.progress)
-    trainer = _build_trainer(config, run, [metrics, interrupt], start=start, step=_step_of(checkpoint))
+    trainer = _build_trainer(config, run, [metrics, interrupt], start=start, step=step_of(checkpoint))
     started = time.perf_counter()
     try:
         trainer.fit(
@@ -99,7 +101,7 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
             start.withdraw()
         raise
     notes: dict[str, Any] = {"data": datamodule.counters()}  # of all ranks, so every rank is asked
-    if trainer.is_global_zero and trainer.global_step > _step_of(checkpoint):  # a finished run keeps its notes
+    if trainer.is_global_zero and trainer.global_step > step_of(checkpoint):  # a finished run keeps its notes
         for line in summary(notes["data"]):
             log.warning("%s", line)
         notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
@@ -132,35 +134,6 @@ def build_module(config: DictConfig, load: WeightLoader | None) -> pl.LightningM
         load_weights=load,
     )
     return module
-
-
-def _checkpoint_to_resume(config: DictConfig, run: RunDir) -> Path | None:
-    """The last checkpoint of this run folder, if it has one and `resume` allows it."""
-    from blip2train.checkpoint.io import TRAINER_STATE, list_checkpoints
-
-    known = list_checkpoints(run)
-    if not known:
-        return None
-    if config.resume == "never":
-        raise ConfigError(
-            f"the run folder already holds {known[-1].name}",
-            where=f"run_dir={run.path}",
-            fix="use another run_dir=, delete this one, or resume=auto to continue it",
-        )
-    check.check_same_run(config, OmegaConf.load(run.config_path), run)
-    check_same_features(config, run)
-    if not (known[-1] / TRAINER_STATE).exists():  # a folder under DeepSpeed
-        raise ConfigError(
-            f"{known[-1].name} has no trainer state, so it cannot be continued",
-            where=str(run.path),
-            fix="train with checkpoint.trainer_state=true, or start a new run with init_from= this folder",
-        )
-    log.info("resuming %s from %s", run.path, known[-1].name)
-    return known[-1]
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
 def _build_trainer(
@@ -205,21 +178,16 @@ class _Start:
     """
 
     def __init__(
-        self, config: DictConfig, built: DictConfig, run: RunDir, weights: InitialWeights, vocab_size: int
+        self, config: DictConfig, built: DictConfig, run: RunDir, weights: InitialWeights, data: BlipDataModule
     ) -> None:
         from blip2train.callback.provenance import describe_run
-        from blip2train.data.shards import ShardCache, expand_urls
 
-        datasets: Any = OmegaConf.to_container(built.data.datasets, resolve=True)
-        shards = [
-            url
-            for dataset in datasets.values()
-            for url in expand_urls(dataset["urls"], ShardCache(storage_options=dataset.get("storage_options")))
-        ]
+        shards = [shard.url for of_dataset in data.mixture.shards for shard in of_dataset]
         check_shipped_backbones(built, shards)
         self._run, self._weights = run, weights
         self._config_text = resolved_yaml(config)
         self._facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
+        vocab_size = data.collator.tokenizer.vocab_size  # type: ignore[attr-defined]  # of whatever collates texts
         self._facts |= describe_features(config) | {"chance_levels": _chance_levels(config, vocab_size)}
 
     def write(self) -> None:
