@@ -45,6 +45,7 @@ class _BrokenOffError(Exception):
     """Fewer or more bytes than announced, or none for too long."""
 
 
+# NotImplementedError: fsspec's word for what a store cannot do at all, such as listing
 _FINAL = (FileNotFoundError, PermissionError, NotImplementedError, _RefusedError, _FullError)
 """No second attempt helps."""
 
