@@ -1,11 +1,11 @@
 """Step outputs -> one log entry per window: losses averaged over it, throughput, data wait, learning rates.
 
 Averages are over every batch since the last entry: a curve does not depend on which micro-batch happened to be last.
+Values that are not finite stay out of them: `callback/finite.py` skips and reports such a step.
 """
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from blip2train import distributed
-from blip2train.errors import Blip2TrainError
-
-
-class NonFiniteLossError(Blip2TrainError):
-    """A loss became NaN or infinite; the run stops before it poisons the next checkpoint."""
+from blip2train.callback.gradient import total_norm
 
 
 class MetricsCallback(pl.Callback):
@@ -29,15 +25,22 @@ class MetricsCallback(pl.Callback):
     Args:
         every_steps: optimizer steps per log entry.
         more: further numbers for every entry, asked for on every rank.
+        watch: told the step and the finished entry, on every rank.
     """
 
-    def __init__(self, every_steps: int = 10, more: Callable[[], Mapping[str, float]] | None = None) -> None:
-        self.every_steps, self._more = every_steps, more
+    def __init__(
+        self,
+        every_steps: int = 10,
+        more: Callable[[], Mapping[str, float]] | None = None,
+        watch: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
+        self.every_steps, self._more, self._watch = every_steps, more, watch
         self._logged_step = -1
         self._reset()
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._finite: dict[str, Tensor] = {}
         self._batches = self._samples = 0
         self._wait_seconds = 0.0
         self._gradient_norm: Tensor | None = None
@@ -56,15 +59,16 @@ class MetricsCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if (trainer.global_step + 1) % self.every_steps == 0:  # before clipping, and only where it is logged
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            self._gradient_norm = total_norm(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch_end = time.perf_counter()
         for name, value in outputs["metrics"].items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            finite = torch.isfinite(value)
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(finite, value, 0.0).float()
+            self._finite[name] = self._finite.get(name, 0.0) + finite.float()
         self._batches += 1
         self._samples += outputs["samples"]
         step = trainer.global_step
@@ -78,27 +82,21 @@ class MetricsCallback(pl.Callback):
     def _log(self, trainer: pl.Trainer, step: int) -> None:
         seconds = time.perf_counter() - self._window_start
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name].float() for name in names]) / self._batches
-        averages = (distributed.reduce_sum(means) / distributed.world_size()).tolist()
-        entry = dict(zip(names, averages, strict=True))
-        for name, value in entry.items():
-            if name.endswith("loss") and not math.isfinite(value):
-                raise NonFiniteLossError(
-                    f"{name} is {value} at step {step}",
-                    where="training",
-                    fix="lower optim.lr, use trainer.precision=bf16-mixed instead of 16-mixed, or look at the data "
-                    "with `blip2train show batch`; the last checkpoint is from before this",
-                )
+        totals = torch.stack([torch.stack([table[name] for name in names]) for table in (self._sums, self._finite)])
+        sums, counts = distributed.reduce_sum(totals).tolist()
+        entry = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
         entry["samples_per_second"] = self._samples * distributed.world_size() / seconds
         entry["data_wait_fraction"] = self._wait_seconds / seconds
         entry["learning_rate"] = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-        if self._gradient_norm is not None:
+        if self._gradient_norm is not None and torch.isfinite(self._gradient_norm):
             entry["gradient_norm"] = float(self._gradient_norm)
         entry["memory_gb"] = peak_memory_gb(trainer.strategy.root_device)
         if self._more is not None:
             entry |= self._more()
         for logger in trainer.loggers:
             logger.log_metrics(entry, step=step)
+        if self._watch is not None:
+            self._watch(step, entry)
         self._logged_step = step
         self._reset()
 
