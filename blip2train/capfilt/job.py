@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 from blip2train.capfilt.shard import ShardResult
 from blip2train.data.shards import INDEX_NAME, Shard
 from blip2train.errors import DataError
+from blip2train.nested import differences
 from blip2train.run_dir import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -205,14 +205,8 @@ class Job:
 
     def _changed(self) -> list[str]:
         """Settings in which the folder differs from this job."""
-        before = _flat(read_json(self._settings))
-        # as JSON gives it back: tuples are lists there
-        now = _flat(json.loads(json.dumps(self.identity)))
-        return [
-            f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
-            for name in sorted(before | now)
-            if before.get(name) != now.get(name)
-        ]
+        changed = differences(read_json(self._settings), self.identity)
+        return [f"{name}: {there!r} there, {now!r} now" for name, (there, now) in changed.items()]
 
     def _has(self, index: int) -> bool:
         marker = self._marker(index)
@@ -264,14 +258,3 @@ def _inputs(shards: Sequence[Shard]) -> dict[str, Any]:
         path = Path(shard.url)
         digest.update(f"{shard.url}\0{path.stat().st_size if path.is_file() else ''}\0".encode())
     return {"num_shards": len(shards), "first": shards[0].url, "sha256": digest.hexdigest()}
-
-
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
-    """Leaves by dotted name."""
-    if not isinstance(node, dict):
-        return {path: node}
-    return {
-        name: leaf
-        for key, value in node.items()
-        for name, leaf in _flat(value, f"{path}.{key}" if path else str(key)).items()
-    }

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from blip2train.cli.check_model import check_first_weights, check_precision
 from blip2train.data.sharing import batch_per_device, check_readers
 from blip2train.errors import ConfigError
+from blip2train.nested import differences
 from blip2train.optim.schedule import check_schedule
 from blip2train.run_dir import RunDir
 
@@ -173,7 +174,7 @@ def check_same_run(now: DictConfig, before: Any, run: RunDir) -> None:
     """
     changed = sorted(
         f"{key}: {old!r} -> {new!r}"
-        for key, (old, new) in _differences(_learning_values(before), _learning_values(now)).items()
+        for key, (old, new) in _learning_differences(_learning_values(before), _learning_values(now)).items()
     )
     if changed:
         raise ConfigError(
@@ -189,27 +190,16 @@ def _learning_values(config: Any) -> dict[str, Any]:
     kept = {str(key): value for key, value in plain.items() if key not in MAY_CHANGE_ON_RESUME}
     kept["trainer.precision"] = plain["trainer"].get("precision")
     kept["trainer.accumulate_grad_batches"] = plain["trainer"].get("accumulate_grad_batches")
-    return _flat(kept)
+    return kept
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, item in value.items()
-        for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _learning_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     ignored = ("run_dir", "resume", *(f"data.{name}" for name in DATA_MAY_CHANGE_ON_RESUME))
     # it trades memory for time and changes no value: what a run out of memory may turn on
     memory_only = ".checkpoint_activations"
     places = re.compile(rf"data\.datasets\.[^.]+\.({'|'.join(DATASET_MAY_CHANGE_ON_RESUME)})(\.|$)")
-    keys = (
-        key
-        for key in {**before, **now}
+    return {
+        key: values
+        for key, values in differences(before, now).items()
         if not key.startswith(ignored) and not key.endswith(memory_only) and not places.match(key)
-    )
-    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+    }

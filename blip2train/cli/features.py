@@ -36,13 +36,13 @@ def with_features(config: DictConfig) -> DictConfig:
     """
     if not config.get("features"):
         return config
-    from blip2train.data.feature_cache import differences, find_dataset, read_facts, read_sources
+    from blip2train.data.feature_cache import describe_differences, find_dataset, read_facts, read_sources
 
     folder = Path(str(config.features))
     facts = read_facts(folder)
     check_frozen(config)
     log.warning(AUGMENTATION_OFF)
-    changed = differences(facts.encoder, encoder_facts(config))
+    changed = describe_differences(facts.encoder, encoder_facts(config))
     if changed:
         raise ConfigError(
             f"the feature cache is of another encoder: {'; '.join(changed)}",
@@ -103,11 +103,11 @@ def check_same_features(config: DictConfig, run: RunDir) -> None:
     Raises:
         ConfigError: the folder holds another cache now; names every difference.
     """
-    from blip2train.data.feature_cache import differences
+    from blip2train.data.feature_cache import describe_differences
 
     if not config.get("features"):
         return
-    changed = differences(run.read_manifest().get("features") or {}, describe_features(config)["features"])
+    changed = describe_differences(run.read_manifest().get("features") or {}, describe_features(config)["features"])
     if changed:
         raise ConfigError(
             f"the feature cache is not the one that this run began with: {'; '.join(changed)}",

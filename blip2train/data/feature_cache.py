@@ -20,6 +20,7 @@ from typing import Any
 from blip2train.data.remote import is_remote
 from blip2train.data.shards import INDEX_NAME, Shard, ShardEntry, write_index
 from blip2train.errors import ConfigError, DataError
+from blip2train.nested import differences
 from blip2train.run_dir import read_json, write_json
 
 FEATURES_NAME = "features.json"
@@ -119,7 +120,7 @@ def claim_folder(folder: Path, facts: FeatureFacts) -> None:
         if others:
             raise DataError("a folder with other files in it", where=str(folder), fix="choose another out=")
         write_json(path, {"format": FORMAT, **asdict(facts)})
-    changed = differences(asdict(read_facts(folder)), asdict(facts))
+    changed = describe_differences(asdict(read_facts(folder)), asdict(facts))
     if changed:
         raise DataError(
             f"another feature cache: {'; '.join(changed)}",
@@ -128,16 +129,9 @@ def claim_folder(folder: Path, facts: FeatureFacts) -> None:
         )
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Every value that is not the same, as "name OLD there, NEW here"."""
-    found: list[str] = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{path}{name}.")
-        elif _plain(old) != _plain(new):
-            found.append(f"{path}{name} {old!r} there, {new!r} here")
-    return found
+    return [f"{name} {old!r} there, {new!r} here" for name, (old, new) in differences(before, now).items()]
 
 
 def note_sources(folder: Path, urls: str | Sequence[str]) -> None:
@@ -175,7 +169,7 @@ def read_finished(folder: Path, index: int, source: Shard) -> FinishedShard | No
     now = describe_source(source)
     # what one of the two does not know says nothing
     before = {name: note[name] for name in now if note.get(name) is not None and now[name] is not None}
-    changed = differences(before, {name: now[name] for name in before})
+    changed = describe_differences(before, {name: now[name] for name in before})
     if changed:
         raise DataError(
             f"tokens of another shard than {source.url} ({'; '.join(changed)}): the dataset's shards have changed",
@@ -236,8 +230,3 @@ def find_dataset(folder: Path, name: str) -> str:
 
 def _note_path(folder: Path, index: int) -> Path:
     return shard_path(folder, index).with_suffix(".json")
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no tuples."""
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

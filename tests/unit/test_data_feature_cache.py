@@ -20,7 +20,6 @@ from blip2train.data.feature_cache import (
     FinishedShard,
     claim_folder,
     describe_source,
-    differences,
     find_dataset,
     note_finished,
     read_facts,
@@ -204,16 +203,6 @@ def test_a_folder_is_one_cache_and_says_what_another_differs_in(tmp_path: Path) 
         claim_folder(tmp_path / "photos", FACTS)
     with pytest.raises(ConfigError, match=r"no feature cache in"):
         read_facts(tmp_path / "photos")
-
-
-def test_differences_name_every_value_and_take_tuples_for_lists() -> None:
-    before = {"image": {"size": 8, "mean": [0.5, 0.5]}, "gone": 1}
-    now = {"image": {"size": 16, "mean": (0.5, 0.5)}, "new": 2}
-    assert differences(before, now) == [
-        "gone 1 there, None here",
-        "image.size 8 there, 16 here",
-        "new None there, 2 here",
-    ]
 
 
 def test_a_record_of_tokens_that_are_cut_off_or_missing_is_a_counted_drop(tmp_path: Path) -> None:
