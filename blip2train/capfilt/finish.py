@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 from blip2train.capfilt.example import Examples
 from blip2train.capfilt.item import DATASET
-from blip2train.capfilt.job import MANIFEST_NAME, Job
+from blip2train.capfilt.job import Job
 from blip2train.capfilt.statistics import Statistics, add_up, summarise
 from blip2train.data.drop import DropLedger
-from blip2train.data.shards import ShardEntry, write_index
+from blip2train.data.shards import MANIFEST_NAME, ShardEntry, write_index
 from blip2train.errors import DataError
 from blip2train.run_dir import write_json
 

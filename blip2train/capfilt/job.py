@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from blip2train.capfilt.shard import ShardResult
-from blip2train.data.shards import INDEX_NAME, Shard
+from blip2train.data.shards import INDEX_NAME, MANIFEST_NAME, Shard
 from blip2train.errors import DataError
 from blip2train.nested import differences
 from blip2train.run_dir import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-MANIFEST_NAME = "manifest.json"
 _STATE_FOLDER = ".capfilt"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 

@@ -17,6 +17,7 @@ from blip2train.data.inspect_shard import ShardSummary
 from blip2train.data.remote import Remote, beside, is_remote
 from blip2train.data.shard_index import (
     INDEX_NAME,
+    MANIFEST_NAME,
     SIZES_NAME,
     UNCOUNTED,
     Shard,
@@ -28,7 +29,6 @@ from blip2train.data.shard_index import (
 from blip2train.data.shard_reader import file_name
 from blip2train.errors import DataError
 
-MANIFEST_NAME = "manifest.json"
 _REQUESTS_AT_ONCE = 16
 
 Rows = Mapping[str, Mapping[str, Any]]

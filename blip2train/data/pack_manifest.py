@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from blip2train import __version__
-from blip2train.data.pack_state import MANIFEST_NAME, SKIPPED_NAME, PackFolder
+from blip2train.data.pack_state import SKIPPED_NAME, PackFolder
 from blip2train.data.pack_worker import ShardReport
-from blip2train.data.shards import ShardEntry, write_index
+from blip2train.data.shards import MANIFEST_NAME, ShardEntry, write_index
 from blip2train.data.source.base import Skipped
 from blip2train.data.tar_shard import sync
 from blip2train.errors import DataError

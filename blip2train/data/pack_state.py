@@ -23,13 +23,13 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from blip2train.data.pack_worker import WORK_FOLDER, ShardReport
+from blip2train.data.shard_index import MANIFEST_NAME
 from blip2train.data.tar_shard import sync
 from blip2train.errors import DataError
 from blip2train.run_dir import free_bytes, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
 
 _IDENTITY_NAME = "identity.json"

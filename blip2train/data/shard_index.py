@@ -16,6 +16,8 @@ from blip2train.errors import DataError
 from blip2train.run_dir import write_json
 
 INDEX_NAME = "index.json"
+MANIFEST_NAME = "manifest.json"
+"""What a folder of shards was made from, and how; `data pack` and CapFilt write it last."""
 SIZES_NAME = "sizes.json"
 
 UNCOUNTED = -1

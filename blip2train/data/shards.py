@@ -16,7 +16,7 @@ import webdataset as wds
 from blip2train.data.remote import is_remote
 from blip2train.data.shard_cache import GZIP_ENDINGS, ShardCache
 from blip2train.data.shard_count import count_shards
-from blip2train.data.shard_index import INDEX_NAME, Shard, ShardEntry, write_index
+from blip2train.data.shard_index import INDEX_NAME, MANIFEST_NAME, Shard, ShardEntry, write_index
 from blip2train.data.shard_reader import RawRecord, ShardReader, read_shard
 from blip2train.data.shard_writer import ShardWriter
 from blip2train.errors import ConfigError, DataError
@@ -24,6 +24,7 @@ from blip2train.errors import ConfigError, DataError
 __all__ = [
     "IMAGE_EXTENSIONS",
     "INDEX_NAME",
+    "MANIFEST_NAME",
     "RawRecord",
     "Shard",
     "ShardCache",

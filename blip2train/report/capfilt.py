@@ -14,7 +14,7 @@ from typing import Any
 
 from blip2train.benchmark.thumbnail import thumbnail
 from blip2train.data.image_transform import decode_image
-from blip2train.data.shards import IMAGE_EXTENSIONS, read_shard
+from blip2train.data.shards import IMAGE_EXTENSIONS, MANIFEST_NAME, read_shard
 from blip2train.errors import DataError
 from blip2train.report.outline import draw_outlines
 from blip2train.report.page import render_template
@@ -33,7 +33,7 @@ Groups = Mapping[str, Iterable[tuple[int, int]]]
 
 def write_page(folder: Path) -> Path:
     """Write `folder`/report.html from its manifest.json, report.json and shards; returns its path."""
-    manifest, report = read_json(folder / "manifest.json"), read_json(folder / "report.json")
+    manifest, report = read_json(folder / MANIFEST_NAME), read_json(folder / "report.json")
     html = render_template(
         "capfilt.html.j2",
         filters={},
