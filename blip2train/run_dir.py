@@ -4,6 +4,7 @@ config.yaml                          the resolved config
 manifest.json                        versions, git commit, seed, shard hash, exact command
 init.json                            where the first value of every trained tensor came from
 metrics.jsonl                        one object per logged step: "step", "train/loss", ...
+metrics.csv                          the same as a table; a quantity that a step does not have is an empty cell
 dropped.jsonl                        one object per record that could not be used: dataset, cause, shard, key
 data_report.json                     where too many of them stopped the run: counts and examples by source and cause
 checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from blip2train.errors import ConfigError
+from blip2train.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def metrics_table_path(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
     def dropped_path(self) -> Path:
         return self.path / "dropped.jsonl"
 
@@ -77,8 +82,26 @@ class RunDir:
         return self.path / "eval" / benchmark
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All logged steps in order; empty if none were logged."""
-        return read_jsonl(self.metrics_path) if self.metrics_path.is_file() else []
+        """All logged steps in order; empty if none were logged. A last line that a kill has cut short is left out.
+
+        Raises:
+            DataError: another line is broken.
+        """
+        text = self.metrics_path.read_text(encoding="utf-8", errors="replace") if self.metrics_path.is_file() else ""
+        lines = text.split("\n")
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number < len(lines):  # more follows: this was no kill while writing
+                    raise DataError(
+                        f"line {number} is no JSON: {line[:60]!r}",
+                        where=str(self.metrics_path),
+                        fix="take the line out",
+                    ) from error
+        return rows
 
     def read_manifest(self) -> dict[str, Any]:
         return read_json(self.manifest_path) if self.manifest_path.is_file() else {}
@@ -156,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write atomically: a reader never sees half a file."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -165,10 +188,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
     partial.write_text(text, encoding="utf-8")

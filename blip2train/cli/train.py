@@ -140,7 +140,7 @@ def _build_trainer(
     config: DictConfig, run: RunDir, callbacks: list[pl.Callback], *, start: _Start | None, step: int
 ) -> pl.Trainer:
     from blip2train.callback.checkpoint import CheckpointCallback
-    from blip2train.callback.jsonl_logger import JsonlLogger
+    from blip2train.callback.file_logger import FileLogger
     from blip2train.callback.progress import ProgressCallback
     from blip2train.callback.provenance import ProvenanceCallback
 
@@ -153,7 +153,7 @@ def _build_trainer(
     ]
     if start is not None:  # a resumed run keeps the record of how it once began
         callbacks.append(ProvenanceCallback(start.write))  # last: whatever refuses the start comes before it
-    loggers = [JsonlLogger(run, resume_step=step)]
+    loggers = [FileLogger(run, resume_step=step)]
     loggers += [build(logger) for logger in (config.get("logger") or {}).values()]
     trainer: pl.Trainer = build(
         config.trainer,
