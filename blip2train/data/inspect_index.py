@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from blip2train.data.finding import Findings
 from blip2train.data.inspect_shard import ShardSummary
 from blip2train.data.remote import Remote, beside, is_remote
+from blip2train.data.shard_count import read_stats
 from blip2train.data.shard_index import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -23,13 +23,9 @@ from blip2train.data.shard_index import (
     Shard,
     parse_index,
     parse_sizes,
-    parse_stats,
-    stats_name,
 )
 from blip2train.data.shard_reader import file_name
 from blip2train.errors import DataError
-
-_REQUESTS_AT_ONCE = 16
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Shard name -> its row: num_records, and num_bytes and sha256 where they are known."""
@@ -81,7 +77,7 @@ def read_folder(urls: Sequence[str], remote: Remote, index: str | None = None) -
     elif (content := found[SIZES_NAME]) is not None:
         rows = {name: {"num_records": count} for name, count in parse_sizes(content, where[SIZES_NAME]).items()}
     else:
-        rows = _read_stats(urls, remote)
+        rows = {file_name(url): {"num_records": count} for url, count in read_stats(urls, remote).items()}
     manifest = _parse_manifest(found[MANIFEST_NAME], where[MANIFEST_NAME])
     packed = {row["name"]: row for row in manifest.pop("shards", []) if isinstance(row, dict) and "name" in row}
     return FolderIndex(beside(urls[0], ""), rows, packed, manifest)
@@ -128,19 +124,6 @@ def _compare_shard(row: Mapping[str, Any], summary: ShardSummary, findings: Find
         findings.add("changed_shard", f"{summary.url}: {summary.size} bytes, the index says {num_bytes}")
     elif sha256 and summary.sha256 and sha256 != summary.sha256:
         findings.add("changed_shard", f"{summary.url}: another sha256 than the index says")
-
-
-def _read_stats(urls: Sequence[str], remote: Remote) -> Rows:
-    """The counts that img2dataset writes beside its shards."""
-    places = [beside(url, stats_name(file_name(url))) for url in urls]
-    # a store answers in some 0.1 s, and a data set may have 100,000 shards
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        contents = list(pool.map(remote.read, places))
-    return {
-        file_name(url): {"num_records": parse_stats(content, place)}
-        for url, place, content in zip(urls, places, contents, strict=True)
-        if content is not None
-    }
 
 
 def _parse_manifest(content: bytes | None, where: str) -> dict[str, Any]:

@@ -63,6 +63,23 @@ def count_shards(urls: Sequence[str], cache: ShardCache, index: str | None = Non
     return [known[url] for url in urls]
 
 
+def read_stats(urls: Sequence[str], remote: Remote) -> dict[str, int]:
+    """By url, the record counts that img2dataset wrote beside its shards; without those that have none.
+
+    Raises:
+        DataError: what lies there is no such count, or cannot be reached.
+    """
+    places = [beside(url, stats_name(file_name(url))) for url in urls]
+    # a store answers in some 0.1 s, and a data set may have 100,000 shards
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        contents = list(pool.map(remote.read, places))
+    return {
+        url: parse_stats(content, place)
+        for url, place, content in zip(urls, places, contents, strict=True)
+        if content is not None
+    }
+
+
 def _from_index(urls: Sequence[str], index: str, remote: Remote) -> dict[str, Shard]:
     content = remote.read(index)
     if content is None:
@@ -81,14 +98,13 @@ def _from_index(urls: Sequence[str], index: str, remote: Remote) -> dict[str, Sh
 
 
 def _from_beside(urls: Sequence[str], remote: Remote) -> dict[str, Shard]:
-    # a store answers in some 0.1 s, and a data set may have 100,000 shards
+    folders = {beside(url, INDEX_NAME): url for url in urls}
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        folders = {beside(url, INDEX_NAME): url for url in urls}
         counted = dict(zip(folders, pool.map(lambda url: _read_folder(url, remote), folders.values()), strict=True))
-        rows = {url: counted[beside(url, INDEX_NAME)].get(file_name(url)) for url in urls}
-        found = {url: replace(row, url=url) for url, row in rows.items() if row is not None}
-        others = pool.map(lambda url: _read_stats(url, remote), [url for url in urls if url not in found])
-        return found | {shard.url: shard for shard in others if shard is not None}
+    rows = {url: counted[beside(url, INDEX_NAME)].get(file_name(url)) for url in urls}
+    found = {url: replace(row, url=url) for url, row in rows.items() if row is not None}
+    others = read_stats([url for url in urls if url not in found], remote)
+    return found | {url: Shard(url, count) for url, count in others.items()}
 
 
 def _read_folder(url: str, remote: Remote) -> dict[str, Shard]:
@@ -105,12 +121,6 @@ def _read_folder(url: str, remote: Remote) -> dict[str, Shard]:
 def _shards(content: bytes, where: str) -> dict[str, Shard]:
     rows = parse_index(content, where).values()
     return {row.name: Shard(row.name, row.num_records, row.num_bytes or None, row.sha256 or None) for row in rows}
-
-
-def _read_stats(url: str, remote: Remote) -> Shard | None:
-    where = beside(url, stats_name(file_name(url)))
-    content = remote.read(where)
-    return None if content is None else Shard(url, parse_stats(content, where))
 
 
 def _scan(urls: Sequence[str], cache: ShardCache) -> list[Shard]:
