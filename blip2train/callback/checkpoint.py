@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 
 from blip2train import distributed
 from blip2train.callback.micro_batch import between_micro_batches
-from blip2train.checkpoint.io import TRAINER_STATE, disk_error, list_checkpoints, save_checkpoint
+from blip2train.checkpoint.find import list_checkpoints
+from blip2train.checkpoint.io import TRAINER_STATE, disk_error, save_checkpoint
 from blip2train.errors import ConfigError
 from blip2train.model.freezing import count_parameters
 from blip2train.run_dir import RunDir, free_bytes

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2train.checkpoint.io import WEIGHTS, disk_error, find_checkpoint, read_metadata, read_weights, save_weights
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import WEIGHTS, disk_error, read_metadata, read_weights, save_weights
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
 from blip2train.weight_files import read_tensors

@@ -18,15 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blip2train.checkpoint.verify import METADATA as METADATA
+from blip2train.checkpoint.verify import TRAINER_STATE as TRAINER_STATE
+from blip2train.checkpoint.verify import WEIGHTS as WEIGHTS
+from blip2train.checkpoint.verify import seal
 from blip2train.errors import CheckpointError
 from blip2train.model.freezing import checkpoint_state_dict, note_restored, trainable_state_dict
 from blip2train.model.init_report import InitReport, Origin
-from blip2train.run_dir import RunDir, free_bytes, read_json, write_json
+from blip2train.run_dir import free_bytes, read_json
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-TRAINER_STATE = "trainer.ckpt"
-METADATA = "metadata.json"
 
 STAGE1_ONLY = (
     "vision_proj.*",
@@ -64,6 +65,8 @@ def save_weights(
 ) -> Path:
     """Write trainable weights by our parameter names, as `save_checkpoint` does; a converter has no module at hand.
 
+    What already lies in the folder (the trainer's state) is sealed with them: metadata.json is the last file written.
+
     Args:
         state: by parameter name.
         folder: of the checkpoint.
@@ -82,7 +85,7 @@ def save_weights(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={"blip2train": json.dumps(facts)})
-        write_json(folder / METADATA, facts)
+        seal(folder, facts)
     except (OSError, SafetensorError) as error:
         raise disk_error(error, folder, fix) from error
     return folder / WEIGHTS
@@ -103,27 +106,6 @@ def disk_error(error: Exception, folder: Path, fix: str = KEEP_TRAINING) -> Chec
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Facts of a checkpoint folder: stage, step, parameters, format version."""
     return read_json(folder / METADATA)
-
-
-def list_checkpoints(run: RunDir) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. A folder gets its final name only once it is whole."""
-    found = [path.parent for path in run.checkpoints.glob(f"step-*/{METADATA}")]
-    return sorted(found, key=lambda folder: folder.name)
-
-
-def find_checkpoint(run: RunDir, which: str = "last") -> Path:
-    """The checkpoint folder called `which` ("last" or "step-0000450") of a run."""
-    known = list_checkpoints(run)
-    if which == "last" and known:
-        return known[-1]
-    match = [folder for folder in known if folder.name == which]
-    if not match:
-        raise CheckpointError(
-            f"no checkpoint {which!r}",
-            where=str(run.checkpoints),
-            fix=f"known: {', '.join(folder.name for folder in known) or 'none; the run was stopped before its first'}",
-        )
-    return match[0]
 
 
 def load_weights(

@@ -247,7 +247,8 @@ def _looking(job: Job, show: ShowProgress) -> Any:
 
 def _run_weights(model: str, checkpoint: str) -> Path | None:
     """The weights of a run folder's checkpoint; None for any other model."""
-    from blip2train.checkpoint.io import WEIGHTS, find_checkpoint
+    from blip2train.checkpoint.find import find_checkpoint
+    from blip2train.checkpoint.io import WEIGHTS
     from blip2train.run_dir import RunDir
 
     run = RunDir(Path(model).expanduser())

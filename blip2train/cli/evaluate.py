@@ -97,7 +97,8 @@ def load_run_config(run: RunDir) -> DictConfig:
 
 def load_model(config: DictConfig, run: RunDir, checkpoint: str = "last") -> nn.Module:
     """Build the model of a run's config and fill it with the weights of one of its checkpoints."""
-    from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, load_weights
+    from blip2train.checkpoint.find import find_checkpoint
+    from blip2train.checkpoint.io import WEIGHTS, load_weights
 
     weights = find_checkpoint(run, checkpoint) / WEIGHTS
     model: nn.Module = build(config.model)

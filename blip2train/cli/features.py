@@ -127,7 +127,8 @@ def check_frozen(config: DictConfig) -> None:
         )
     if config.get("init_from") in (None, "scratch"):
         return
-    from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, read_names
+    from blip2train.checkpoint.find import find_checkpoint
+    from blip2train.checkpoint.io import WEIGHTS, read_names
 
     run = RunDir.open(config.init_from, where="init_from=")
     if any(name.startswith("vision_encoder.") for name in read_names(find_checkpoint(run) / WEIGHTS)):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from blip2train.checkpoint.io import OWN_WEIGHTS, STAGE1_ONLY, STAGE2_ONLY, WEIGHTS, find_checkpoint, load_weights
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import OWN_WEIGHTS, STAGE1_ONLY, STAGE2_ONLY, WEIGHTS, load_weights
 from blip2train.cli import check
 from blip2train.cli.config import build
 from blip2train.model.init_report import InitReport, report_part, report_pretrained, report_random

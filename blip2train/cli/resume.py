@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 def checkpoint_to_resume(config: DictConfig, run: RunDir) -> Path | None:
     """The last checkpoint of this run folder, if it has one and `resume` allows it."""
-    from blip2train.checkpoint.io import TRAINER_STATE, list_checkpoints
+    from blip2train.checkpoint.find import list_checkpoints
+    from blip2train.checkpoint.io import TRAINER_STATE
 
     known = list_checkpoints(run)
     if not known:

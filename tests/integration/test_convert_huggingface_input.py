@@ -27,10 +27,10 @@ from transformers import (
     T5Config,
 )
 
+from blip2train.checkpoint.find import find_checkpoint
 from blip2train.checkpoint.huggingface import NOT_HELD, fuse_qkv_bias, split_qkv_bias, to_ours, to_theirs
 from blip2train.checkpoint.huggingface_config import qformer_settings, vision_settings
 from blip2train.checkpoint.huggingface_text import tokenizer_settings
-from blip2train.checkpoint.io import find_checkpoint
 from blip2train.cli.config import build, compose
 from blip2train.cli.evaluate import evaluate, load_run_config
 from blip2train.cli.train import train

@@ -20,7 +20,8 @@ from lavis_comparison import assert_close_to, assert_stage1_step, stage2_step
 from lavis_parity import LavisRun, NormalisedImages, shared_run
 from torch import Tensor
 
-from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, read_metadata, read_weights, save_weights
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import WEIGHTS, read_metadata, read_weights, save_weights
 from blip2train.cli.config import compose
 from blip2train.cli.convert import convert
 from blip2train.cli.evaluate import load_model, load_run_config

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForPreTraining
 
-from blip2train.checkpoint.io import WEIGHTS, find_checkpoint
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import WEIGHTS
 from blip2train.cli.config import build
 from blip2train.cli.evaluate import load_model, load_run_config
 from blip2train.cli.initial_weights import InitialWeights

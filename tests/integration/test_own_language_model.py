@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blip2train.checkpoint.io import WEIGHTS, find_checkpoint
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import WEIGHTS
 from blip2train.cli.config import PACKAGE_DIR, build, compose
 from blip2train.cli.evaluate import evaluate, load_model, load_run_config
 from blip2train.errors import ConfigError

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from blip2train.checkpoint.io import WEIGHTS, find_checkpoint
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import WEIGHTS
 from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, read_json
 

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, read_metadata
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import WEIGHTS, read_metadata
 from blip2train.cli.config import build
 from blip2train.cli.evaluate import load_model, load_run_config
 from blip2train.errors import CheckpointError, ConfigError

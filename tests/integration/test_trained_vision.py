@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip2train.checkpoint.io import WEIGHTS, find_checkpoint
+from blip2train.checkpoint.find import find_checkpoint
+from blip2train.checkpoint.io import WEIGHTS
 from blip2train.cli.config import build
 from blip2train.cli.evaluate import load_model, load_run_config
 from blip2train.run_dir import RunDir

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from blip2train.checkpoint.io import WEIGHTS, find_checkpoint, list_checkpoints, load_weights, save_checkpoint
+from blip2train.checkpoint.find import find_checkpoint, list_checkpoints
+from blip2train.checkpoint.io import WEIGHTS, load_weights, save_checkpoint
 from blip2train.errors import CheckpointError
 from blip2train.model.freezing import freeze
 from blip2train.run_dir import RunDir
