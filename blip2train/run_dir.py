@@ -5,6 +5,9 @@ manifest.json                        versions, git commit, seed, shard hash, exa
 init.json                            where the first value of every trained tensor came from
 metrics.jsonl                        one object per logged step: "step", "train/loss", ...
 metrics.csv                          the same as a table; a quantity that a step does not have is an empty cell
+wandb_id                             under which wandb knows the run, where it is told of it
+warnings.jsonl                       one object per warning about the training: "step", "cause", "seen", "likely", "look"
+bad_steps/step-<N>/                  of a step with a loss or gradient that is not finite: report.json and its batches
 dropped.jsonl                        one object per record that could not be used: dataset, cause, shard, key
 data_report.json                     where too many of them stopped the run: counts and examples by source and cause
 checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
@@ -67,6 +70,18 @@ class RunDir:
         return self.path / "metrics.csv"
 
     @property
+    def wandb_id_path(self) -> Path:
+        return self.path / "wandb_id"
+
+    @property
+    def warnings_path(self) -> Path:
+        return self.path / "warnings.jsonl"
+
+    @property
+    def bad_steps(self) -> Path:
+        return self.path / "bad_steps"
+
+    @property
     def dropped_path(self) -> Path:
         return self.path / "dropped.jsonl"
 
@@ -87,21 +102,11 @@ class RunDir:
         Raises:
             DataError: another line is broken.
         """
-        text = self.metrics_path.read_text(encoding="utf-8", errors="replace") if self.metrics_path.is_file() else ""
-        lines = text.split("\n")
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number < len(lines):  # more follows: this was no kill while writing
-                    raise DataError(
-                        f"line {number} is no JSON: {line[:60]!r}",
-                        where=str(self.metrics_path),
-                        fix="take the line out",
-                    ) from error
-        return rows
+        return _read_appended(self.metrics_path)
+
+    def read_warnings(self) -> list[dict[str, Any]]:
+        """All warnings about the training in order; empty if there were none. Raises as `read_metrics` does."""
+        return _read_appended(self.warnings_path)
 
     def read_manifest(self) -> dict[str, Any]:
         return read_json(self.manifest_path) if self.manifest_path.is_file() else {}
@@ -185,6 +190,23 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_appended(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that a training appends to; a last line that a kill has cut short is left out."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text.split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):  # more follows: this was no kill while writing
+                raise DataError(
+                    f"line {number} is no JSON: {line[:60]!r}", where=str(path), fix="take the line out"
+                ) from error
+    return rows
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
