@@ -12,8 +12,6 @@ begun with as soon as a shard is written or in work; a call that was refused bef
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2train.capfilt.shard import ShardResult
+from blip2train.data.file_lock import take_lock
 from blip2train.data.shards import INDEX_NAME, MANIFEST_NAME, Shard
 from blip2train.errors import DataError
 from blip2train.nested import differences
@@ -31,7 +30,6 @@ from blip2train.run_dir import read_json, write_json
 log = logging.getLogger(__name__)
 
 _STATE_FOLDER = ".capfilt"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 ProcessShard = Callable[[Shard, Path, Callable[[int], None]], ShardResult]
 """(input, path of the output, progress) -> its account."""
@@ -168,7 +166,7 @@ class Job:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # a lock that was free may be that of a process which has just finished the shard
-            free = _lock(lock, or_else=is_own) and not self._has(index)
+            free = _take(lock, or_else=is_own) and not self._has(index)
             if free and self._changed():
                 raise DataError(
                     f"another call has begun this folder anew, with other settings ({'; '.join(self._changed()[:4])})",
@@ -219,16 +217,11 @@ class Job:
         return self._state / f"{index:06d}.json"
 
 
-def _lock(file: int, *, or_else: bool) -> bool:
+def _take(lock: int, *, or_else: bool) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+        return take_lock(lock)
+    except OSError:
         return or_else
-    return True
 
 
 def _is_held(path: Path) -> bool:
@@ -238,7 +231,7 @@ def _is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not _lock(file, or_else=False)
+        return not _take(file, or_else=False)
     finally:
         os.close(file)
 

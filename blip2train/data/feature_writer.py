@@ -7,7 +7,6 @@ samples from either. Processes share the work by shards and meet in the files al
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import logging
@@ -30,6 +29,7 @@ from blip2train.data.feature_cache import (
     read_finished,
     shard_path,
 )
+from blip2train.data.file_lock import take_lock
 from blip2train.data.image_file import MAX_PIXELS
 from blip2train.data.image_transform import Transform
 from blip2train.data.sample import to_sample
@@ -166,16 +166,15 @@ def _claimed(path: Path) -> Iterator[bool]:
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+            free = take_lock(file)
         except OSError as error:
+            free = True
             log.warning("%s is on a disk without locks (%s): see that only one call writes there", path.parent, error)
         try:
-            yield True
+            yield free
         finally:
-            lock.unlink(missing_ok=True)
+            if free:
+                lock.unlink(missing_ok=True)
 
 
 def _placeholder_key(record: RawRecord, place: int) -> str:

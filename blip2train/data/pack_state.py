@@ -10,7 +10,6 @@ finished one is not repeated, nothing is ever written over another data set.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from blip2train.data.file_lock import take_lock
 from blip2train.data.pack_worker import WORK_FOLDER, ShardReport
 from blip2train.data.shard_index import MANIFEST_NAME
 from blip2train.data.tar_shard import sync
@@ -87,14 +87,15 @@ class PackFolder:
             raise DataError(f"no folder can be made here ({error.strerror})", where=str(self.out), fix=fix) from error
         self._lock = os.open(self.work, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            free = take_lock(self._lock)
+        except OSError as error:
+            free = True
+            logger.warning("%s is on a disk without locks (%s): see that only one call packs there", self.out, error)
+        if not free:
             os.close(self._lock)
             raise DataError(
                 "a folder that another process is packing into", where=str(self.out), fix="wait for it, or stop it"
-            ) from error
-        except OSError as error:
-            logger.warning("%s is on a disk without locks (%s): see that only one call packs there", self.out, error)
+            )
         for partial in self.work.glob("*.partial"):
             partial.unlink()
         self._read()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import fcntl
 import gzip
 import hashlib
 import logging
@@ -24,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from blip2train.data.file_lock import release_lock, take_lock
 from blip2train.data.remote import Remote, is_remote
 from blip2train.data.shard_index import Shard
 from blip2train.errors import Blip2TrainError, ConfigError, DataError
@@ -161,15 +161,18 @@ class ShardCache:
             raise _no_folder(self.folder, error) from error
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
+                free = take_lock(file, wait=wait)
+            except OSError as error:
+                raise DataError(
+                    f"a cache folder on a disk without locks ({error.strerror})",
+                    where=str(self.folder),
+                    fix="set data.cache.folder to one on a disk of this machine",
+                ) from error
             try:
-                yield True
+                yield free
             finally:
-                # closing is not enough where a process was forked meanwhile: it holds the same lock
-                fcntl.flock(file, fcntl.LOCK_UN)
+                if free:
+                    release_lock(file)
 
     def _fetch(self, shard: Shard, path: Path) -> BinaryIO:
         """Bring a copy into place; the lock is held."""
