@@ -213,11 +213,17 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write atomically: a reader never sees half a file."""
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write UTF-8 atomically: a reader never sees half a file.
+
+    Args:
+        path: of the file; its folder is made.
+        text: all of it.
+        errors: what becomes of what UTF-8 cannot say (lone surrogates), as `str.encode` takes it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors=errors)
     partial.replace(path)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from blip2train.errors import DataError
-from blip2train.run_dir import write_json
+from blip2train.run_dir import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -219,9 +219,7 @@ def _keep_rows(log: Path, num_samples: int) -> None:
             continue
         if sample is None or sample < num_samples:
             kept.append(f"{line}\n")
-    partial = log.with_name(f".{log.name}.partial")
-    partial.write_text("".join(kept), encoding="ascii")
-    partial.replace(log)
+    write_text(log, "".join(kept))
 
 
 def summary(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

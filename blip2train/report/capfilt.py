@@ -6,7 +6,6 @@ Before anybody trains on new captions, somebody should look at them: distributio
 from __future__ import annotations
 
 import base64
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from blip2train.data.shards import IMAGE_EXTENSIONS, MANIFEST_NAME, read_shard
 from blip2train.errors import DataError
 from blip2train.report.outline import draw_outlines
 from blip2train.report.page import render_template
-from blip2train.run_dir import read_json
+from blip2train.run_dir import read_json, write_text
 
 _ORIGINS = ("web", "synthetic")
 _ABOUT = {
@@ -45,10 +44,8 @@ def write_page(folder: Path) -> Path:
         galleries=[(*_ABOUT[kind], rows) for kind, rows in report["examples"].items() if rows],
         pictures=_read_pictures(folder, [row for rows in report["examples"].values() for row in rows]),
     )
-    partial = folder / f".report.html.{os.getpid()}.partial"
-    partial.write_text(html, encoding="utf-8", errors="replace")
     page = folder / "report.html"
-    partial.replace(page)
+    write_text(page, html, errors="replace")
     return page
 
 

@@ -17,6 +17,7 @@ from blip2train.report.curve import NUM_COLORS
 from blip2train.report.data_card import Card
 from blip2train.report.histogram import Histogram, draw_histogram, group_sources, quantile
 from blip2train.report.page import render_template
+from blip2train.run_dir import write_text
 
 _QUANTITIES = (
     ("caption_words", "Caption length", "words", 1.0),
@@ -80,10 +81,8 @@ def write_data_page(
         card_sources=list(dict.fromkeys(card.source for card in cards)),
         seed=seed,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(html, encoding="utf-8", errors="backslashreplace")
-    return partial.replace(out)
+    write_text(out, html, errors="backslashreplace")
+    return out
 
 
 def format_bytes(number: float) -> str:
