@@ -6,7 +6,7 @@ init.json                            where the first value of every trained tens
 metrics.jsonl                        one object per logged step: "step", "train/loss", ...
 metrics.csv                          the same as a table; a quantity that a step does not have is an empty cell
 wandb_id                             under which wandb knows the run, where it is told of it
-warnings.jsonl                       one object per warning about the training: "step", "cause", "seen", "likely", "look"
+warnings.jsonl                       one object per warning: "step", "cause", "seen", "likely", "look"
 bad_steps/step-<N>/                  of a step with a loss or gradient that is not finite: report.json and its batches
 dropped.jsonl                        one object per record that could not be used: dataset, cause, shard, key
 data_report.json                     where too many of them stopped the run: counts and examples by source and cause
