@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bare_batch import to_batch
 from PIL import Image
 
-from blip2train.batch import ImageSpec, Sample, Stage1Batch
+from blip2train.batch import ImageSpec
 from blip2train.data.datamodule import BlipDataModule
 from blip2train.data.image_transform import TrainTransform
 from blip2train.data.mixture import Dataset
@@ -54,16 +55,6 @@ def records(count: int) -> Iterator[dict[str, object]]:
         Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=60)
         fields = {"captions": [f"synthetic picture number {index}"], "image_id": index}
         yield {"key": f"{index:08d}", "image_bytes": buffer.getvalue(), "extension": "jpg", "json": fields}
-
-
-def to_batch(samples: list[Sample]) -> Stage1Batch:
-    return Stage1Batch(
-        pixel_values=torch.stack([sample.image for sample in samples]),
-        input_ids=torch.zeros(len(samples), 1, dtype=torch.int64),
-        attention_mask=torch.ones(len(samples), 1, dtype=torch.bool),
-        image_ids=torch.tensor([sample.image_id for sample in samples]),
-        keys=[sample.key for sample in samples],
-    )
 
 
 def measure(data: BlipDataModule, num_samples: int) -> list[dict[str, float]]:
