@@ -88,7 +88,7 @@ def run(config: DictConfig) -> None:
         for name, reader in plan.sources.items():
             whole[name] = writer.write(name, reader, out / name, rank=rank, world_size=world_size, progress=count.add)
     if all(whole.values()):
-        _report_outcome(_plan(config, out), out)
+        _report_outcome(_read_notes(plan.sources, out), out)
     else:
         log.info("process %d of %d is done; the last one to end completes %s", rank + 1, world_size, out)
 
@@ -126,7 +126,6 @@ def _check(config: DictConfig) -> None:
 
 
 def _plan(config: DictConfig, out: Path) -> _Plan:
-    from blip2train.data.feature_cache import read_finished
     from blip2train.data.shards import ShardCache, ShardReader, open_shards
 
     cache = build(config.data.cache) or ShardCache()
@@ -137,11 +136,17 @@ def _plan(config: DictConfig, out: Path) -> _Plan:
     if not sources:
         raise ConfigError("the mixture has no datasets", where="data.datasets", fix="choose an experiment with data")
     check_shipped_backbones(config, [shard.url for reader in sources.values() for shard in reader.shards])
-    finished = {
+    return _Plan(sources, _read_notes(sources, out))
+
+
+def _read_notes(sources: dict[str, ShardReader], out: Path) -> dict[str, list[FinishedShard | None]]:
+    """By dataset, what is finished of its shards."""
+    from blip2train.data.feature_cache import read_finished
+
+    return {
         name: [read_finished(out / name, index, shard) for index, shard in enumerate(reader.shards)]
         for name, reader in sources.items()
     }
-    return _Plan(sources, finished)
 
 
 def _report_size(config: DictConfig, plan: _Plan, out: Path) -> None:
@@ -228,10 +233,10 @@ def _checksum(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _report_outcome(plan: _Plan, out: Path) -> None:
+def _report_outcome(notes: dict[str, list[FinishedShard | None]], out: Path) -> None:
     table = Table("dataset", "records", "dropped", "size", title=f"{out}: complete")
-    for name, notes in plan.finished.items():
-        done = [note for note in notes if note is not None]
+    for name, of_dataset in notes.items():
+        done = [note for note in of_dataset if note is not None]
         dropped = sum((Counter(note.dropped) for note in done), Counter[str]())
         causes = ", ".join(f"{count:,} {cause}" for cause, count in dropped.most_common()) or "none"
         size = sum(note.entry.num_bytes for note in done)
