@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "blip2train"
 DOORS = {
     "hydra": ("cli/",),
     "omegaconf": ("cli/",),
-    "torch.distributed": ("distributed.py",),
+    "torch.distributed": ("distributed.py", "model/sharding.py"),
     "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
     "fsspec": ("data/remote.py",),
     "aiohttp": ("data/remote.py",),
@@ -21,14 +21,14 @@ DOORS = {
         *("checkpoint/huggingface", "microworld/", "cli/quickstart.py"),
         *("capfilt/captioner_transformers.py", "capfilt/ranker_transformers.py"),
     ),
-    "pytorch_lightning": ("stage/", "data/datamodule.py", "callback/", "cli/train.py", "cli/quickstart.py"),
+    "pytorch_lightning": ("stage/", "data/datamodule.py", "callback/", "strategy/", "cli/train.py", "cli/quickstart.py"),
     "pycocoevalcap": ("metric/caption.py",),
     "matplotlib": ("report/curve.py", "cli/show.py"),
     "jinja2": ("report/page.py",),
     "peft": ("model/language_model/",),
     "open_clip": ("capfilt/ranker_open_clip.py",),
     "wandb": (),
-    "deepspeed": (),
+    "deepspeed": ("strategy/",),
     "lightning": (),
 }
 LONGEST_FUNCTION = 60

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_both_stages_train_and_are_evaluated_on_the_device(laboratory, tmp_path: Path, precision: str) -> None:
-    overrides = ["trainer=one_gpu", "trainer.max_steps=20", f"trainer.precision={precision}"]
+    overrides = ["trainer=gpu", "trainer.max_steps=20", f"trainer.precision={precision}"]
     first = laboratory.train("microworld_stage1", tmp_path / "first", *overrides).run
     start = f"init_from={first.path}"
     second = laboratory.train("microworld_stage2_opt", tmp_path / "second", start, *overrides).run
@@ -27,7 +27,7 @@ def test_both_stages_train_and_are_evaluated_on_the_device(laboratory, tmp_path:
 
 def test_a_resumed_run_repeats_the_losses_of_the_whole_one(laboratory, tmp_path: Path) -> None:
     """To rounding only: CUDA kernels add in an order of their own."""
-    overrides = ["trainer=one_gpu", "trainer.precision=32-true", "checkpoint.every_steps=3", "trainer.max_steps=6"]
+    overrides = ["trainer=gpu", "trainer.precision=32-true", "checkpoint.every_steps=3", "trainer.max_steps=6"]
     whole = laboratory.train("microworld_stage1", tmp_path / "whole", *overrides).run
     cut = RunDir(tmp_path / "cut")
     whole.path.rename(cut.path)

@@ -1,0 +1,43 @@
+"""Trainings of two gloo ranks under any strategy, many in one pair of processes: what a launcher would set is set here."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2train.cli.config import compose
+from blip2train.cli.train import train
+from blip2train.run_dir import RunDir
+from tests.two_ranks import on_two_ranks
+
+
+def train_on_two_ranks(own: Path, jobs: list[list[str]]) -> list[RunDir]:
+    """Run each job, a list of overrides with `run_dir`, on both ranks, one after the other.
+
+    Args:
+        own: empty folder for the processes themselves.
+        jobs: overrides of `blip2train train`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own.mkdir(parents=True, exist_ok=True)
+    on_two_ranks(_train_all, own, port, jobs)
+    folders = [dict(item.split("=", 1) for item in job if "=" in item)["run_dir"] for job in jobs]
+    return [RunDir(Path(folder)) for folder in folders]
+
+
+def _train_all(rank: int, port: int, jobs: list[list[str]]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "BLIP2TRAIN_RUN_ID": "test",
+    }  # fmt: skip
+    for job in jobs:
+        config = compose("train", job)
+        outcome: Any = train(config, RunDir(Path(config.run_dir)))
+        assert outcome.stopped_by is None
+        torch.distributed.barrier()
