@@ -143,6 +143,12 @@ class ShardTable:
         return set(self._extension_numbers[start:]) == set(self._extension_numbers[self._starts[-2] : start])
 
 
+def finds_key(key: str) -> bool:
+    """Whether a table finds the files of a record under this key again."""
+    name = f"{key}.x"
+    return not _SKIPPED.match(name) and bool(base_plus_ext(name)[0] == key)
+
+
 def _readable(name: str) -> str:
     """A member's name as text that can be printed, hashed and written; bytes that are no UTF-8 become escapes."""
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -59,7 +59,7 @@ class ShardWriter:
         """Append one record; returns True when this completed a shard.
 
         Args:
-            key: unique in the data set; no dot, which ends a key in a tar, and no leading "__".
+            key: unique in the data set, and one that `tar_shard.check_key` takes.
             image: encoded image.
             extension: of `image`, without a dot.
             json: the encoded record (see `data/record_field.py` for its fields).

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from blip2train.data.shard_index import ShardEntry
+from blip2train.data.shard_table import finds_key
 from blip2train.errors import DataError
 
 
@@ -56,18 +57,27 @@ class TarShard:
         """Append one record.
 
         Args:
-            key: unique in the data set; no dot, which ends a key in a tar, and no leading "__".
-            files: by extension, without a dot.
+            key: unique in the data set, and one that `check_key` takes.
+            files: by extension, without a dot; written in alphabetical order.
 
         Raises:
             DataError: a key that no reader would find again.
         """
-        assert self._tar is not None, "neither finished nor abandoned"
         check_key(key)
-        for extension in sorted(files):
+        self.append(key, {extension: files[extension] for extension in sorted(files)})
+
+    def append(self, key: str, files: Mapping[str, bytes]) -> None:
+        """Append a record that was read from a tar: its files in the order in which they are given, its key as it is.
+
+        Args:
+            key: unique in the data set.
+            files: by extension, without a dot.
+        """
+        assert self._tar is not None, "neither finished nor abandoned"
+        for extension, data in files.items():
             member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size, member.mode = len(files[extension]), 0o444
-            self._tar.addfile(member, io.BytesIO(files[extension]))
+            member.size, member.mode = len(data), 0o444
+            self._tar.addfile(member, io.BytesIO(data))
         self.num_records += 1
 
     def finish(self) -> ShardEntry:
@@ -82,9 +92,17 @@ class TarShard:
 
 
 def check_key(key: str) -> None:
-    """DataError for a record key that no reader would find again."""
-    if not key or "." in key or key.startswith("__"):
-        raise DataError(f"record key {key!r}", where="a shard", fix="use a non-empty key without dots or leading __")
+    """DataError for a record key that no reader would find again.
+
+    A key is a path: a dot in its last part would end it there, one in a folder's name does not. Readers pass over
+    hidden files, and over what webdataset and macOS keep for themselves (`__meta__/...`, `__MACOSX/...`).
+    """
+    if not finds_key(key):
+        raise DataError(
+            f"record key {key!r}",
+            where="a shard",
+            fix="use a key whose last part is not empty and has no dot, outside of __folders__",
+        )
 
 
 def sync(path: Path) -> None:

@@ -96,6 +96,15 @@ def test_the_cache_gives_the_samples_and_the_drops_of_its_source_in_their_places
     assert num_drops >= 3 + 3 + 3
 
 
+def test_keys_with_dots_in_a_folder_or_underscores_in_front_are_kept(tmp_path: Path) -> None:
+    keys = ["v1.0/img", "__b/c.d/e", "__f"]
+    files = [(f"{key}.{kind}", data) for key in keys for kind, data in (("png", encode(noise(1))), ("txt", b"a cat"))]
+    source = Shard(str(write_tar(tmp_path / "source.tar", files)), 3)
+    assert writer().write("pets", ShardReader([source]), tmp_path / "cache")
+    [cached] = read(open_shards(find_dataset(tmp_path, "cache")), STORED)
+    assert [sample.key for sample in cached if isinstance(sample, Sample)] == keys
+
+
 def test_drops_are_counted_by_cause_and_past_their_budget_the_work_stops(tmp_path: Path) -> None:
     sources = hostile_shards(tmp_path / "source")
     ledger = DropLedger(["pets"], max_dropped_share=1.0)

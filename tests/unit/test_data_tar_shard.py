@@ -1,12 +1,18 @@
 """A shard is whole under its name, or not there."""
 
 import hashlib
+import itertools
 import tarfile
 from pathlib import Path
 
 import pytest
+import webdataset as wds
+from shard_factory import write_tar
 
 from blip2train.data.shard_index import ShardEntry
+from blip2train.data.shard_reader import read_shard
+from blip2train.data.shard_table import finds_key
+from blip2train.data.source.base import safe_key
 from blip2train.data.tar_shard import TarShard
 from blip2train.errors import DataError
 
@@ -50,7 +56,37 @@ def test_unfinished_it_leaves_nothing_and_what_was_there_stays(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "__a"])
-def test_a_key_that_no_reader_would_find_is_refused(key: str, tmp_path: Path) -> None:
+FOUND = ["a", "a/1", "v1.0/img", "x.y/z.w/k", "__a", "a/__b", "a__/b", "é/ü"]
+LOST = ["", "a.b", ".a", "a/.b", "a/", "v1.0/a.b", "v1.0", "__a__/b", "a/__MACOSX/b"]
+
+
+def test_a_key_that_is_taken_is_the_one_that_we_and_webdataset_read(tmp_path: Path) -> None:
+    with TarShard(tmp_path / "s.tar", tmp_path / "p") as shard:
+        for key in FOUND:
+            shard.write(key, {"txt": b"text"})
+        shard.finish()
+    ours = [record["__key__"] for record in read_shard(str(tmp_path / "s.tar"))]
+    theirs = [record["__key__"] for record in wds.tariterators.tarfile_samples([{"url": str(tmp_path / "s.tar")}])]
+    assert ours == theirs == FOUND
+
+
+@pytest.mark.parametrize("key", LOST)
+def test_a_key_that_is_refused_is_one_that_a_reader_does_not_find(key: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="record key"), TarShard(tmp_path / "s.tar", tmp_path / "p") as shard:
-        shard.write(key, {"json": b"{}"})
+        shard.write(key, {"txt": b"text"})
+    foreign = write_tar(tmp_path / "foreign.tar", [(f"{key}.txt", b"text"), ("other.txt", b"")])
+    assert key not in [record["__key__"] for record in read_shard(str(foreign))]
+
+
+def test_the_keys_that_sources_make_are_all_found_again() -> None:
+    words = [".", "..", "_", "__", "a", "a.b", "__MACOSX", "__a__", "é", "-", "\udc80", "\ud800"]
+    for name in ("/".join(parts) for number in (1, 2, 3) for parts in itertools.product(words, repeat=number)):
+        assert finds_key(safe_key(name)), name
+
+
+def test_an_appended_record_keeps_the_order_of_its_files_and_its_key(tmp_path: Path) -> None:
+    with TarShard(tmp_path / "s.tar", tmp_path / "p") as shard:
+        shard.append("a.b", {"txt": b"2", "jpg": b"1"})
+        assert shard.finish().num_records == 1
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        assert tar.getnames() == ["a.b.txt", "a.b.jpg"]

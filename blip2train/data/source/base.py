@@ -146,7 +146,8 @@ def load(row: Row) -> tuple[Fields, bytes] | str:
 
 def safe_key(name: str) -> str:
     """A record key from a path or name: no dots (they end a key in a tar), slashes kept. Several names may have one."""
-    return re.sub(r"[^\w/-]", "_", name).strip("/_") or "_".join(str(byte) for byte in name.encode())
+    key = re.sub(r"[^\w/-]", "_", name).strip("/_").replace("__MACOSX/", "MACOSX/")  # which readers pass over
+    return key or "_".join(str(byte) for byte in name.encode("utf-8", "surrogatepass"))
 
 
 def is_image(name: str) -> bool:
