@@ -14,6 +14,7 @@ An output record has the key, the image bytes and every other file of the input 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +29,10 @@ from blip2train.capfilt.example import Examples
 from blip2train.capfilt.item import Item, read_item
 from blip2train.capfilt.ranker import Ranker
 from blip2train.capfilt.setting import check_types
-from blip2train.capfilt.shard_file import ShardFile, describe, writing
 from blip2train.capfilt.statistics import Statistics
 from blip2train.data.drop import Drop
 from blip2train.data.shards import RawRecord, Shard, ShardCache, ShardEntry, read_shard
+from blip2train.data.tar_shard import TarShard
 from blip2train.errors import ConfigError, DataError
 
 _DECODERS = 4
@@ -102,7 +103,7 @@ def process_shard(
 
     Args:
         shard: the input.
-        out: path of the output shard.
+        out: path of the output shard; its folder is made.
         captioner: writes candidates.
         ranker: scores them.
         settings: see `ShardSettings`.
@@ -113,14 +114,16 @@ def process_shard(
         DataError: the shard does not exist or cannot be fetched, or holds CapFilt's output already.
     """
     result = ShardResult(None, 0, [], Statistics(), Examples())
-    with writing(out) as file, ThreadPoolExecutor(_DECODERS) as pool:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with TarShard(out, partial) as file, ThreadPoolExecutor(_DECODERS) as pool:
         for window in _windows(read_shard(shard, cache), settings.batch_size, pool):
             _process_window(window, file, captioner, ranker, settings, result)
             progress(result.num_read)
-    if file.num_records:
-        result.entry = describe(out, file.num_records)
-    else:
-        out.unlink()  # an empty tar is no shard
+        if file.num_records:
+            result.entry = file.finish()
+        else:
+            out.unlink(missing_ok=True)  # an empty tar is no shard, and an older one is none of this call's
     return result
 
 
@@ -140,7 +143,7 @@ def _windows(
 
 def _process_window(
     window: Sequence[tuple[RawRecord, Item | Drop]],
-    file: ShardFile,
+    file: TarShard,
     captioner: Captioner,
     ranker: Ranker,
     settings: ShardSettings,
@@ -154,13 +157,13 @@ def _process_window(
         if isinstance(item, Drop):
             result.drops.append(item)
             if settings.keep_unusable and "__broken__" not in record:
-                file.add(record)
+                _append(record, file)
             continue
         candidates = next(ranked)
         result.statistics.add(candidates)
         if not any(candidate.kept for candidate in candidates) and not settings.keep_unusable:
             continue  # counted as an image without caption
-        file.add(_output(record, candidates, settings.store_all))
+        _append(_output(record, candidates, settings.store_all), file)
         result.examples.add(item.key, candidates)
 
 
@@ -199,6 +202,11 @@ def _output(record: RawRecord, candidates: Sequence[Candidate], store_all: bool)
     # without captions in the JSON, training would read the rejected web caption in the txt
     files = record if kept else {name: data for name, data in record.items() if name != "txt"}
     return files | {"json": json.dumps(fields, ensure_ascii=False).encode()}
+
+
+def _append(record: RawRecord, file: TarShard) -> None:
+    """Write the files of a record; names that start with "__" are notes about it, not files."""
+    file.append(record["__key__"], {name: data for name, data in record.items() if not name.startswith("__")})
 
 
 def _refuse_output(items: Sequence[Item], url: str) -> None:
