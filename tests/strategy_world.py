@@ -1,4 +1,4 @@
-"""Trainings of two gloo ranks under any strategy, many in one pair of processes: what a launcher would set is set here."""
+"""Trainings on two gloo ranks under any strategy, many in one pair of processes; what a launcher sets is set here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def train_on_two_ranks(own: Path, jobs: list[list[str]]) -> list[RunDir]:
 def _train_all(rank: int, port: int, jobs: list[list[str]]) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "BLIP2TRAIN_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        "BLIP2TRAIN_RUN_ID": "test",
     }  # fmt: skip
     for job in jobs:
         config = compose("train", job)
