@@ -1,31 +1,59 @@
-"""Writes checkpoints: trainable weights as safetensors, the trainer's state beside them, whole or not at all."""
+"""Writes checkpoints: trainable weights as safetensors, the trainer's state beside them, whole or not at all.
+
+A disk that is full costs a checkpoint and not the run: the one before stays, and the next steps try again. LAVIS writes
+in place, and keeps the last epoch's file alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import json
+import logging
 import shutil
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from blip2train import distributed
 from blip2train.callback.micro_batch import between_micro_batches
-from blip2train.checkpoint.find import list_checkpoints
-from blip2train.checkpoint.io import TRAINER_STATE, disk_error, save_checkpoint
-from blip2train.errors import ConfigError
+from blip2train.callback.trainer_state import TrainerStateFile
+from blip2train.checkpoint.find import METRIC, list_checkpoints, rank_by_metric, step_of
+from blip2train.checkpoint.io import TRAINER_STATE, disk_error, save_weights
+from blip2train.checkpoint.publish import clear_leftovers, delete, partial_of, publish
+from blip2train.errors import Blip2TrainError, CheckpointError, ConfigError
 from blip2train.model.freezing import count_parameters
 from blip2train.run_dir import RunDir, free_bytes
+from blip2train.strategy.whole import whole_state_dict
+
+log = logging.getLogger(__name__)
+
+FIRST_WAIT_SECONDS = 5.0
+_TAIL_BYTES = 1 << 20
 
 
 class CheckpointCallback(pl.Callback):
-    """Saves every `every_steps` optimizer steps, at the end, and when the run is interrupted.
+    """Saves by optimizer steps, by minutes, at the end, and when the run is interrupted.
 
     Args:
         run: the run folder.
-        every_steps: optimizer steps between checkpoints; 0 saves only at the end.
+        every_steps: optimizer steps between checkpoints; 0: none by steps.
+        every_minutes: rank 0's minutes between checkpoints; None: none by the clock.
         keep_last: older checkpoints are deleted; 0 keeps all.
+        best_metric: a key of metrics.jsonl: the checkpoint with the best value, as last logged, is kept as well.
+        best_mode: whether the lowest or the highest value is the best.
         trainer_state: also save what resuming needs (optimizer, schedule, data position).
-        metadata: facts stored in each file besides the step (stage, name).
+        retry_steps: optimizer steps after which a checkpoint that could not be written is tried again.
+        final_wait_minutes: how long the end of training waits for a disk that cannot take the last checkpoint.
+        agree_every_steps: optimizer steps between two looks at rank 0's clock.
+        metadata: facts stored in each checkpoint besides the step (stage, name).
+        resumed: the checkpoint that this run goes on from.
+        settle: called on the main rank once every rank has read that one, before the first step.
     """
 
     def __init__(
@@ -33,18 +61,46 @@ class CheckpointCallback(pl.Callback):
         run: RunDir,
         *,
         every_steps: int,
+        every_minutes: float | None = None,
         keep_last: int = 2,
+        best_metric: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
         trainer_state: bool = True,
+        retry_steps: int = 100,
+        final_wait_minutes: float = 2.0,
+        agree_every_steps: int = 10,
         metadata: Mapping[str, Any] | None = None,
+        resumed: Path | None = None,
+        settle: Callable[[], None] | None = None,
     ) -> None:
-        self.run, self.every_steps, self.keep_last = run, every_steps, keep_last
+        self.run, self.every_steps, self.every_minutes, self.keep_last = run, every_steps, every_minutes, keep_last
+        self.best_metric, self.best_mode = best_metric, best_mode
         self.trainer_state, self.metadata = trainer_state, dict(metadata or {})
-        self._saved_step = -1
+        self.retry_steps, self.final_wait_minutes = retry_steps, final_wait_minutes
+        self.agree_every_steps, self._resumed, self._settle = agree_every_steps, resumed, settle
+        check_settings(self)
+        self._file = TrainerStateFile()
+        self._tried_step = self._saved_step = -1
+        self._retry_at: int | None = None
+        self._last_time = time.monotonic()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = self._file
+        names = distributed.gather_objects([self._resumed.name if self._resumed else "no checkpoint"])
+        if len(set(names)) > 1:
+            other = next(rank for rank, name in enumerate(names) if name != names[0])
+            raise CheckpointError(
+                f"ranks start from different checkpoints: rank 0 from {names[0]}, rank {other} from {names[other]}",
+                where=str(self.run.checkpoints),
+                fix="put run_dir= where every rank sees the same files",
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainable, _ = count_parameters(pl_module.model)  # type: ignore[arg-type]
-        needed = estimated_bytes(trainable, self.keep_last, self.trainer_state)
-        free = free_bytes(self.run.path)
+        kept = self.keep_last + (self.best_metric is not None)
+        needed = estimated_bytes(trainable, kept, self.trainer_state)
+        needed -= sum(path.stat().st_size for path in self.run.checkpoints.glob("step-*/*"))
+        needed, free = distributed.gather_objects([(needed, free_bytes(self.run.path))])[0]  # the main rank writes
         if needed > free:
             raise ConfigError(
                 f"the checkpoints need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free",
@@ -52,51 +108,152 @@ class CheckpointCallback(pl.Callback):
                 fix="free some space, or set another run_dir, checkpoint.keep_last=1 or checkpoint.trainer_state=false",
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        distributed.barrier()  # every rank has read what it goes on from
+        if distributed.is_main():
+            if self._settle is not None:
+                self._settle()
+            clear_leftovers(self.run.checkpoints)
+        if self._resumed is not None:
+            self._saved_step = trainer.global_step
+        self._last_time = time.monotonic()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.every_steps and step and step % self.every_steps == 0 and step != self._saved_step:
-            if between_micro_batches(trainer):
-                return  # between two optimizer steps: the gradient so far is not part of any checkpoint
-            self._save(trainer, pl_module)
+        if not step or step in (self._saved_step, self._tried_step) or between_micro_batches(trainer):
+            return  # between two micro-batches the gradient so far is not part of any checkpoint
+        if not self._is_due(step, pl_module.device):
+            return
+        error = self._save(trainer)
+        self._last_time, self._retry_at = time.monotonic(), None
+        if error is not None:
+            self._retry_at = step + self.retry_steps
+            log.error("%s\n  training goes on; step %d tries again", error, self._retry_at)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._saved_step:
-            self._save(trainer, pl_module)
+        if trainer.global_step == self._saved_step:
+            return
+        error = self._save(trainer)
+        for seconds in waits(self.final_wait_minutes * 60):
+            if error is None:
+                return
+            log.error("%s\n  this was the last step; trying again in %.0f s", error, seconds)
+            time.sleep(seconds)
+            error = self._save(trainer)
+        if error is not None:
+            raise error
 
-    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = trainer.global_step
+    def _is_due(self, step: int, device: torch.device) -> bool:
+        if (self.every_steps and step % self.every_steps == 0) or (
+            self._retry_at is not None and step >= self._retry_at
+        ):
+            return True
+        if self.every_minutes is None or step % self.agree_every_steps:
+            return False
+        late = distributed.is_main() and time.monotonic() - self._last_time >= self.every_minutes * 60
+        return bool(distributed.reduce_sum(torch.tensor(float(late), device=device)))
+
+    def _save(self, trainer: pl.Trainer) -> Blip2TrainError | None:
+        """Write a checkpoint of this step, on all ranks; what the main one could not write, all of them know."""
+        step = self._tried_step = trainer.global_step
         final = self.run.checkpoints / f"step-{step:07d}"
-        partial = self.run.checkpoints / f".step-{step:07d}.partial"
         if distributed.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        distributed.barrier()
+            shutil.rmtree(partial_of(final), ignore_errors=True)
+        if self.trainer_state:
+            trainer.save_checkpoint(partial_of(final) / TRAINER_STATE, weights_only=False)
+        weights = whole_state_dict(trainer)
+        error = self._write(final, weights) if distributed.is_main() else None
+        error = distributed.gather_objects([error])[0]
+        if error is None:
+            self._saved_step = step
+        return error
+
+    def _write(self, final: Path, weights: Mapping[str, Tensor]) -> Blip2TrainError | None:
+        facts = {"step": step_of(final), **self.metadata}
+        metric = self._metric()
         try:
-            if self.trainer_state:
-                trainer.save_checkpoint(partial / TRAINER_STATE)
-            if distributed.is_main():
-                save_checkpoint(pl_module.model, partial, {"step": step, **self.metadata})  # type: ignore[arg-type]
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-                self._prune()
-        except (OSError, RuntimeError) as error:
-            raise disk_error(error, partial) from error
+            failed = self._file.take_error()
+            if failed is not None:
+                raise failed
+            save_weights(weights, partial_of(final), facts if metric is None else facts | {METRIC: metric})
+            publish(final)
+        except CheckpointError as error:
+            return error
+        except OSError as error:
+            return disk_error(error, final.parent)
         finally:
-            if distributed.is_main():
-                shutil.rmtree(partial, ignore_errors=True)
-        distributed.barrier()
-        self._saved_step = step
+            shutil.rmtree(partial_of(final), ignore_errors=True)
+        self._prune()
+        return None
+
+    def _metric(self) -> dict[str, Any] | None:
+        if self.best_metric is None:
+            return None
+        known = last_values(self.run.metrics_path)
+        if self.best_metric not in known:
+            close = difflib.get_close_matches(self.best_metric, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(known) or 'no row'}"
+            log.warning("checkpoint.best_metric: metrics.jsonl has no %r yet%s", self.best_metric, hint)
+            return None
+        return {"name": self.best_metric, "mode": self.best_mode, "value": known[self.best_metric]}
 
     def _prune(self) -> None:
-        if self.keep_last:
-            for old in list_checkpoints(self.run)[: -self.keep_last]:
-                shutil.rmtree(old)
+        known = list_checkpoints(self.run)
+        best = rank_by_metric(known, self.best_metric)[:1] if self.best_metric is not None else []
+        for old in known[: -self.keep_last] if self.keep_last else []:
+            if old in best:
+                continue
+            try:
+                delete(old)
+            except OSError as error:  # the new one stands: no reason to stop
+                log.warning("%s could not be deleted (%s)", old, error)
 
 
-def estimated_bytes(trainable_parameters: int, keep_last: int, trainer_state: bool) -> int:
+def check_settings(callback: CheckpointCallback) -> None:
+    """ConfigError for a setting that cannot be meant."""
+    numbers = ("every_steps", "every_minutes", "keep_last", "retry_steps", "final_wait_minutes")
+    wrong = [name for name in numbers if (getattr(callback, name) or 0) < 0]
+    wrong += ["retry_steps"] * (callback.retry_steps == 0) + ["every_minutes"] * (callback.every_minutes == 0)
+    if callback.best_mode not in ("min", "max"):
+        raise ConfigError(
+            f"best_mode is {callback.best_mode!r}", where="checkpoint.best_mode", fix='use "min" or "max"'
+        )
+    if wrong:
+        raise ConfigError(
+            f"{wrong[0]} is {getattr(callback, wrong[0])}",
+            where=f"checkpoint.{wrong[0]}",
+            fix="every_steps=0 and every_minutes=null turn these off; retry_steps is 1 or more",
+        )
+
+
+def waits(total_seconds: float) -> Iterator[float]:
+    """Seconds between attempts, each twice the one before, until `total_seconds` have been waited."""
+    waited, seconds = 0.0, FIRST_WAIT_SECONDS
+    while waited < total_seconds:
+        seconds = min(seconds, total_seconds - waited)
+        yield seconds
+        waited, seconds = waited + seconds, seconds * 2
+
+
+def last_values(metrics: Path) -> dict[str, float]:
+    """The value that each name of a metrics.jsonl was last logged with; reads the end of a long one alone."""
+    if not metrics.is_file():
+        return {}
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    values: dict[str, float] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the first may be cut by the seek, the last by a kill
+            values |= json.loads(line)
+    return values
+
+
+def estimated_bytes(trainable_parameters: int, kept: int, trainer_state: bool) -> int:
     """Bytes of a run's checkpoints: float32 weights, with the trainer's state two AdamW moments beside them.
 
     One more than are kept: a checkpoint is whole before an older one goes.
     """
-    return trainable_parameters * 4 * (3 if trainer_state else 1) * (max(keep_last, 1) + 1)
+    return trainable_parameters * 4 * (3 if trainer_state else 1) * (max(kept, 1) + 1)

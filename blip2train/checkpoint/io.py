@@ -47,7 +47,8 @@ OWN_WEIGHTS = ("vision_encoder.*",)
 
 
 KEEP_TRAINING = (
-    "free some space or give another run_dir=; the last complete checkpoint is intact, resume=auto continues"
+    "free some space: the checkpoints before are intact, and the same command goes on from the last one; "
+    "or give another run_dir= with resume= this run folder"
 )
 
 
