@@ -132,6 +132,11 @@ class Stage1Batch(_ImageBatch):
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def num_tokens(self) -> Tensor:
+        """Scalar: tokens of text, padding left out."""
+        return self.attention_mask.sum()
+
 
 @dataclass(slots=True)
 class Stage2Batch(_ImageBatch):
@@ -162,6 +167,11 @@ class Stage2Batch(_ImageBatch):
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Scalar: tokens of text, prompt and target, padding left out."""
+        return self.prompt_mask.sum() + self.target_mask.sum()
 
 
 def to_image_id(raw: str | int) -> int:

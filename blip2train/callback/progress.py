@@ -1,9 +1,13 @@
-"""Progress of a training run: step of total, samples/s, ETA and losses; a bar on a terminal, lines in a log file."""
+"""Progress of a training run: step of total, rate, ETA, losses and their chance levels; a bar, or lines in a log file.
+
+Shows what was logged last: looking into the current step would make it wait for the device.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -21,11 +25,12 @@ class ProgressCallback(pl.Callback):
 
     Args:
         title: what is running.
+        latest: the last log entry, empty before the first.
         every_seconds: between two lines where the output is not a terminal.
     """
 
-    def __init__(self, title: str = "training", every_seconds: float = 15.0) -> None:
-        self.title, self.every_seconds = title, every_seconds
+    def __init__(self, title: str, latest: Callable[[], Mapping[str, float]], every_seconds: float = 15.0) -> None:
+        self.title, self.every_seconds, self._latest = title, every_seconds, latest
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,11 +56,7 @@ class ProgressCallback(pl.Callback):
             return
         self._last_line = now
         step, seconds = trainer.global_step, now - self._started
-        losses = {name: value for name, value in outputs["metrics"].items() if name.endswith("loss")}
-        shown = " ".join(
-            f"{name.removeprefix('train/').removesuffix('_loss')} {float(v):.3f}" for name, v in losses.items()
-        )
-        status = f"{self._samples / seconds:.0f} samples/s  {shown}"
+        status = f"{self._samples / seconds:.0f} samples/s  {describe_losses(self._latest())}".rstrip()
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
         else:
@@ -69,3 +70,15 @@ class ProgressCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def describe_losses(entry: Mapping[str, float]) -> str:
+    """`loss 3.91  itc 1.20 (chance 2.08)  ...`; empty where nothing was logged yet."""
+    parts = []
+    for key, value in entry.items():
+        if key.startswith("train/") and key.endswith("loss"):
+            name = key.removeprefix("train/")
+            level = entry.get(f"chance/{name}")
+            chance = "" if level is None else f" (chance {level:.3f})"
+            parts.append(f"{name.removesuffix('_loss')} {value:.3f}{chance}")
+    return "  ".join(parts)

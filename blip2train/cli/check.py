@@ -25,7 +25,10 @@ MODELS = {
     "blip2train.model.blip2_stage1.Blip2Stage1": 1,
     "blip2train.model.blip2_stage2.Blip2Stage2": 2,
 }
-MAY_CHANGE_ON_RESUME = ("trainer", "callback", "logger", "checkpoint", "paths", "benchmarks", "log_every_steps")
+MAY_CHANGE_ON_RESUME = (
+    *("trainer", "callback", "logger", "checkpoint", "paths", "benchmarks"),
+    *("log_every_steps", "peak_tflops"),
+)
 """Parts of a config that a resumed run may change; everything else decides what is learnt."""
 
 DATA_MAY_CHANGE_ON_RESUME = (

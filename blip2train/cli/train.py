@@ -19,6 +19,7 @@ from blip2train.cli.config import build, quiet_libraries, require_filled, resolv
 from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.features import describe_features, with_features
 from blip2train.cli.resume import checkpoint_to_resume, step_of
+from blip2train.cli.run_log import build_loggers, build_watchers, chance_levels
 from blip2train.errors import Blip2TrainError
 from blip2train.run_dir import RunDir, read_json, write_json
 
@@ -70,7 +71,6 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     import torch
 
     from blip2train.callback.interrupt import InterruptCallback
-    from blip2train.callback.metrics import MetricsCallback
     from blip2train.checkpoint.io import TRAINER_STATE
     from blip2train.cli.initial_weights import InitialWeights
     from blip2train.data.drop import summary
@@ -86,8 +86,10 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     module = build_module(built, weights)
     start = None if checkpoint else _Start(config, built, run, weights, datamodule)
     interrupt = InterruptCallback(config.log_every_steps)
-    metrics = MetricsCallback(config.log_every_steps, more=datamodule.progress)
-    trainer = _build_trainer(config, run, [metrics, interrupt], start=start, step=step_of(checkpoint))
+    metrics, progress, clock = build_watchers(config, built, datamodule)
+    trainer = _build_trainer(
+        config, run, [metrics, interrupt, progress], last=clock, start=start, step=step_of(checkpoint)
+    )
     started = time.perf_counter()
     try:
         trainer.fit(
@@ -137,28 +139,29 @@ def build_module(config: DictConfig, load: WeightLoader | None) -> pl.LightningM
 
 
 def _build_trainer(
-    config: DictConfig, run: RunDir, callbacks: list[pl.Callback], *, start: _Start | None, step: int
+    config: DictConfig,
+    run: RunDir,
+    callbacks: list[pl.Callback],
+    *,
+    last: pl.Callback,
+    start: _Start | None,
+    step: int,
 ) -> pl.Trainer:
     from blip2train.callback.checkpoint import CheckpointCallback
-    from blip2train.callback.file_logger import FileLogger
-    from blip2train.callback.progress import ProgressCallback
     from blip2train.callback.provenance import ProvenanceCallback
 
     stage = check.stage_number(config)
     callbacks = [
         *callbacks,
-        ProgressCallback(f"stage {stage}"),
         *build(config.get("callback") or {}).values(),
         CheckpointCallback(run, metadata={"stage": stage, "name": config.name}, **config.checkpoint),
     ]
     if start is not None:  # a resumed run keeps the record of how it once began
         callbacks.append(ProvenanceCallback(start.write))  # last: whatever refuses the start comes before it
-    loggers = [FileLogger(run, resume_step=step)]
-    loggers += [build(logger) for logger in (config.get("logger") or {}).values()]
     trainer: pl.Trainer = build(
         config.trainer,
-        callbacks=callbacks,
-        logger=loggers,
+        callbacks=[*callbacks, last],
+        logger=build_loggers(config, run, step),
         default_root_dir=str(run.path),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -187,8 +190,8 @@ class _Start:
         self._run, self._weights = run, weights
         self._config_text = resolved_yaml(config)
         self._facts = describe_run(seed=config.seed, command=sys.argv, shards=shards)
-        vocab_size = data.collator.tokenizer.vocab_size  # type: ignore[attr-defined]  # of whatever collates texts
-        self._facts |= describe_features(config) | {"chance_levels": _chance_levels(config, vocab_size)}
+        self._facts |= describe_features(config)
+        self._chance_levels = functools.partial(chance_levels, config, data)
 
     def write(self) -> None:
         """Make the folder a run: config.yaml, manifest.json, init.json."""
@@ -197,6 +200,7 @@ class _Start:
         for stale in (self._run.dropped_path, self._run.data_report_path):  # of a run that never reached a checkpoint
             stale.unlink(missing_ok=True)
         self._run.config_path.write_text(self._config_text, encoding="utf-8")
+        self._facts["chance_levels"] = self._chance_levels()
         write_json(self._run.manifest_path, self._facts | {"init": {key: init[key] for key in ("sources", "counts")}})
         write_json(self._run.init_path, init)
 
@@ -216,21 +220,6 @@ def check_shipped_backbones(config: DictConfig, shards: list[str]) -> None:
     for folder in {Path(url).parent for url in shards}:
         if (folder / MANIFEST).is_file():
             check_backbones(read_json(folder / MANIFEST)["world_hash"])
-
-
-def _chance_levels(config: DictConfig, vocab_size: int) -> dict[str, float]:
-    """What each loss is for a model that has learned nothing; the report draws them as lines."""
-    from blip2train.objective.chance import chance_level
-
-    if check.stage_number(config) == 2:
-        return {"train/lm_loss": chance_level("lm", vocab_size=vocab_size)}
-    contrastive_batch = check.contrastive_batch(config)
-    return {
-        "train/itc_loss": chance_level("itc", batch_size=contrastive_batch or check.device_batch(config)),
-        "train/itm_loss": chance_level("itm"),
-        "train/itm_accuracy": 2 / 3,
-        "train/itg_loss": chance_level("itg", vocab_size=vocab_size),
-    }
 
 
 def _note_outcome(run: RunDir, trainer: pl.Trainer, notes: dict[str, Any], stopped_by: str | None) -> None:

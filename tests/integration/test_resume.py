@@ -34,7 +34,8 @@ def test_stage1_resume_is_bit_equal(laboratory, tmp_path: Path, before: int, aft
     resumed = cut(whole, "step-0000003", tmp_path / "resumed")
     laboratory.train("microworld_stage1", resumed.path, *settings, f"data.num_workers={after}")
     assert weights(resumed) == weights(whole)
-    timing = {"samples_per_second", "data_wait_fraction", "memory_gb"}
+    timing = {"samples_per_second", "tokens_per_second", "step_seconds", "data_wait_fraction", "memory_gb"}
+    timing |= {"tflops_per_second"}
     for row, twin in zip(resumed.read_metrics(), whole.read_metrics(), strict=True):
         assert {k: v for k, v in row.items() if k not in timing} == {k: v for k, v in twin.items() if k not in timing}
 
