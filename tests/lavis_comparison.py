@@ -37,7 +37,7 @@ NEGATIVES = ("neg_image_for_text", "neg_text_for_image")
 def stage1_step(
     model: Blip2Stage1, batch: Stage1Batch, dec_id: int, negatives: list[list[int]] | None = None
 ) -> dict[str, Any]:
-    """One training step with LAVIS's one-sided contrastive gradient.
+    """One training step with LAVIS's one-sided contrastive gradient and each rank's own means.
 
     Args:
         model: its gradients are set.
@@ -52,7 +52,7 @@ def stage1_step(
     taken: list[list[int]] = []
     behind: list[float] = []
 
-    def chosen(similarity: Tensor, forbidden: Tensor, generator: object = None) -> Tensor:
+    def chosen(similarity: Tensor, forbidden: Tensor, _: Tensor) -> Tensor:
         allowed = similarity.detach().masked_fill(forbidden, -torch.inf)
         best = torch.where(forbidden.all(dim=1), NO_NEGATIVE, allowed.argmax(dim=1))
         own = best if negatives is None else torch.tensor(negatives[len(taken)])
@@ -61,7 +61,7 @@ def stage1_step(
         behind.append(float(distance.max()))
         return own
 
-    context = build_context(model.train(), batch, gather_gradients=False)
+    context = build_context(model.train(), batch, gather_gradients=False, global_means=False)
     objectives = {
         "itc": ContrastiveObjective(),
         "itm": MatchingObjective(),

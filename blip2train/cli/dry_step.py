@@ -18,8 +18,9 @@ from blip2train.batch import Stage1Batch, Stage2Batch
 from blip2train.model.blip2_stage1 import Blip2Stage1
 from blip2train.model.blip2_stage2 import Blip2Stage2
 from blip2train.model.live_memory import LiveMemory
-from blip2train.model.qformer.qformer import QueryStates
-from blip2train.objective.context import Objective, Stage1Context
+from blip2train.model.qformer.qformer import ImageKeysValues, QueryStates
+from blip2train.objective.context import ContextSettings, Objective, Stage1Context
+from blip2train.objective.draw import Draw
 from blip2train.objective.language_modeling import LanguageModelingObjective
 
 GRADIENTS = "gradients"
@@ -51,6 +52,11 @@ class LabelledContext(Stage1Context):
             return super().image_tokens
 
     @cached_property
+    def image(self) -> ImageKeysValues:
+        with self.memory.labelled("query pass"):
+            return super().image
+
+    @cached_property
     def query(self) -> QueryStates:
         with self.memory.labelled("query pass"):
             return super().query
@@ -64,12 +70,12 @@ class LabelledContext(Stage1Context):
 def stage1_loss(
     model: Blip2Stage1,
     objectives: Mapping[str, Objective],
-    gather_gradients: bool,
+    settings: ContextSettings,
     batch: Stage1Batch,
     memory: LiveMemory,
 ) -> Tensor:
     """The weighted sum of stage 1's losses, as `Stage1Module.training_step` computes it."""
-    context = LabelledContext(model, batch, gather_gradients=gather_gradients)
+    context = LabelledContext(model, batch, settings, Draw(0, 0))
     context.memory = memory
     losses = []
     for name, objective in objectives.items():

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -32,7 +31,8 @@ from blip2train.model.memory import (
     parse_precision,
     weight_bytes,
 )
-from blip2train.model.vision_encoder.cached import CachedVisionEncoder
+from blip2train.objective.context import ContextSettings
+from blip2train.stage.probe import empty_stage1_batch, empty_stage2_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,30 +134,17 @@ def loss_of(config: DictConfig, model: Any) -> Callable[[Any, LiveMemory], Tenso
         objectives = {name: objective for name, objective in build(config.stage.objectives).items() if objective.weight}
         if not objectives:
             raise ConfigError("no loss has a weight", where="stage.objectives", fix="keep one of itc, itm, itg")
-        return functools.partial(stage1_loss, model, objectives, config.stage.gather_gradients)
+        stage = config.stage
+        settings = ContextSettings(stage.gather_gradients, stage.global_means, stage.micro_batch_size)
+        return functools.partial(stage1_loss, model, objectives, settings)
     return functools.partial(stage2_loss, model, build(config.stage.objective))
 
 
 def full_batch(config: DictConfig, model: Any, text_tokens: int | None = None) -> Stage1Batch | Stage2Batch:
     """A batch of one device with texts of full length, the collator's `max_tokens` where no other is given."""
-    size = check.device_batch(config)
-    pixels, stored = _images(size, model.vision_encoder)
-    collator = config.data.collator
+    size, collator, encoder = check.device_batch(config), config.data.collator, model.vision_encoder
     length = text_tokens or int(collator.max_tokens)
     if check.stage_number(config) == 1:
-        return Stage1Batch(pixels, *_text(size, length), torch.arange(size), [""] * size, stored)
+        return empty_stage1_batch(encoder, size, length)
     has_prompt = bool(collator.get("prefix_split", False) or collator.get("prompt", ""))
-    prompt = _text(size, length if has_prompt else 0)
-    return Stage2Batch(pixels, *prompt, *_text(size, length), [""] * size, stored)
-
-
-def _images(size: int, encoder: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Pixels or stored tokens, whichever the encoder reads."""
-    if isinstance(encoder, CachedVisionEncoder):
-        return None, torch.zeros(size, encoder.num_tokens, encoder.token_bytes, dtype=torch.uint8)
-    side = encoder.image.size
-    return torch.zeros(size, 3, side, side, dtype=torch.uint8), None
-
-
-def _text(size: int, length: int) -> tuple[Tensor, Tensor]:
-    return torch.zeros(size, length, dtype=torch.int64), torch.ones(size, length, dtype=torch.bool)
+    return empty_stage2_batch(encoder, size, length if has_prompt else 0, length)

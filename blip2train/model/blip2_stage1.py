@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2train.model.autocast import full_precision_linear
-from blip2train.model.image_tokens import build_ln_vision, check_image_width, encode_image_tokens
+from blip2train.model.image_tokens import build_ln_vision, check_image_width, encode_raw_tokens, normalise_tokens
 from blip2train.model.qformer.qformer import ImageKeysValues, QFormer, QueryStates
 from blip2train.model.vision_encoder.base import VisionEncoder
 
@@ -52,10 +52,22 @@ class Blip2Stage1(nn.Module):
 
     def image_tokens(self, images: Tensor) -> Tensor:
         """Encode uint8 images (B, 3, h, w), or a batch's stored tokens, and normalise the tokens (B, P, I)."""
-        return encode_image_tokens(self.vision_encoder, self.ln_vision, images)
+        return self.normalise_tokens(self.raw_tokens(images))
 
-    def encode_image(self, image_tokens: Tensor) -> QueryStates:
-        """Let the queries read image tokens (B, P, I)."""
+    def raw_tokens(self, images: Tensor) -> Tensor:
+        """The vision encoder's own output (B, P, I), before `ln_vision`; without a graph if the encoder is frozen."""
+        return encode_raw_tokens(self.vision_encoder, images)
+
+    def normalise_tokens(self, raw_tokens: Tensor) -> Tensor:
+        """Apply `ln_vision` to raw tokens (B, P, I)."""
+        return normalise_tokens(self.ln_vision, raw_tokens)
+
+    def image_keys_values(self, image_tokens: Tensor) -> ImageKeysValues:
+        """Project image tokens (B, P, I) for all cross-attentions, once for all passes that read the images."""
+        return self.qformer.image_keys_values(image_tokens)
+
+    def encode_image(self, image_tokens: Tensor | ImageKeysValues) -> QueryStates:
+        """Let the queries read image tokens (B, P, I), or their keys and values."""
         return self.qformer.encode_image(image_tokens)
 
     def image_features(self, hidden: Tensor) -> Tensor:
@@ -68,7 +80,12 @@ class Blip2Stage1(nn.Module):
         return F.normalize(full_precision_linear(self.text_proj, hidden_BD), dim=-1)
 
     def matching_logits(
-        self, image_tokens: Tensor | ImageKeysValues, ids: Tensor, mask: Tensor, image_rows: Tensor | None = None
+        self,
+        image_tokens: Tensor | ImageKeysValues,
+        ids: Tensor,
+        mask: Tensor,
+        image_rows: Tensor | None = None,
+        more_images: ImageKeysValues | None = None,
     ) -> Tensor:
         """Logits (B, 2), float32, of "does not match" and "matches": the two-class head averaged over the queries.
 
@@ -77,8 +94,9 @@ class Blip2Stage1(nn.Module):
             ids: (B, T).
             mask: (B, T) bool.
             image_rows: (B,) int64, the image of each text; None pairs them in order.
+            more_images: keys and values of further images, which `image_rows` counts from N on.
         """
-        hidden_BQD = self.qformer.fuse(image_tokens, ids, mask, image_rows)
+        hidden_BQD = self.qformer.fuse(image_tokens, ids, mask, image_rows, more_images)
         return full_precision_linear(self.itm_head, hidden_BQD).mean(dim=1)
 
     def generation_logits(self, ids: Tensor, mask: Tensor, query: QueryStates) -> Tensor:

@@ -30,11 +30,20 @@ def build_ln_vision(vision_encoder: VisionEncoder, wanted: bool, eps: float) -> 
 
 
 def encode_image_tokens(vision_encoder: VisionEncoder, ln_vision: nn.Module, images: Tensor) -> Tensor:
-    """Encode images, without a graph if the encoder is frozen, and apply `ln_vision`: (B, 3, h, w) -> (B, P, I)."""
+    """Encode images and apply `ln_vision`: (B, 3, h, w) -> (B, P, I)."""
+    return normalise_tokens(ln_vision, encode_raw_tokens(vision_encoder, images))
+
+
+def encode_raw_tokens(vision_encoder: VisionEncoder, images: Tensor) -> Tensor:
+    """Encode images (B, 3, h, w), without a graph if the encoder is frozen, to its own output (B, P, I)."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and vision_encoder.trainable):
-        raw_BPI = vision_encoder(images)
+        return vision_encoder(images)
+
+
+def normalise_tokens(ln_vision: nn.Module, raw_tokens: Tensor) -> Tensor:
+    """Apply `ln_vision` to an encoder's output (B, P, I), in the number format that the Q-Former reads."""
     parameter = next(ln_vision.parameters(), None)
-    tokens_BPI: Tensor = ln_vision(raw_BPI if parameter is None else raw_BPI.to(parameter.dtype))
+    tokens_BPI: Tensor = ln_vision(raw_tokens if parameter is None else raw_tokens.to(parameter.dtype))
     device = tokens_BPI.device.type
     # one cast here instead of two per cross-attention layer, each of which autograd would keep
     return tokens_BPI.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens_BPI

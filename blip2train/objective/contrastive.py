@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blip2train.objective.context import ObjectiveOutput, Stage1Context
 from blip2train.objective.setting import check_label_smoothing, check_weight
+from blip2train.objective.similarity import query_likeness
 
 
 def contrastive_loss(logits: Tensor, positive: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -50,14 +51,15 @@ class ContrastiveObjective:
         """Loss and the share of rows whose best column is a positive (chance: 1/G when all images differ)."""
         image_to_text_BG, text_to_image_BG = context.similarity_i2t, context.similarity_t2i
         positive_BG = context.same_image if self.multi_positive else context.own_pair
-        loss = 0.5 * (
+        loss = (0.5 * context.row_share) * (
             contrastive_loss(image_to_text_BG, positive_BG, self.label_smoothing)
             + contrastive_loss(text_to_image_BG, positive_BG, self.label_smoothing)
         )
         metrics = {
-            "itc_i2t_accuracy": _accuracy(image_to_text_BG, positive_BG),
-            "itc_t2i_accuracy": _accuracy(text_to_image_BG, positive_BG),
-            "temperature": context.model.temperature.detach().clone(),
+            "itc_i2t_accuracy": context.row_share * _accuracy(image_to_text_BG, positive_BG),
+            "itc_t2i_accuracy": context.row_share * _accuracy(text_to_image_BG, positive_BG),
+            "itc_query_similarity": context.row_share * query_likeness(context.image_features),
+            "temperature": context.model.temperature.detach().reshape(()).clone(),
         }
         return ObjectiveOutput(loss, metrics)
 

@@ -1,18 +1,25 @@
 """ITG: the caption, generated from the queries' keys and values -> loss.
 
 Section 3.2 of the paper, Image-grounded Text Generation: [DEC] replaces [CLS], text sees all queries and earlier text.
-Label smoothing 0.1 and the mean over this rank's tokens are LAVIS's; pads are found by the mask, not by their id.
+Label smoothing 0.1 is LAVIS's. Its mean is over one rank's tokens, ours over all; pads are found by mask, not by id.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from blip2train.batch import IGNORE_INDEX
 from blip2train.objective.context import ObjectiveOutput, Stage1Context
-from blip2train.objective.language_modeling import next_token_loss, token_accuracy
+from blip2train.objective.language_modeling import count_correct, count_tokens, next_token_loss
 from blip2train.objective.setting import check_label_smoothing, check_weight
+
+if TYPE_CHECKING:
+    from blip2train.model.qformer.attention import KeysValues
 
 
 class GroundedGenerationObjective:
@@ -34,9 +41,27 @@ class GroundedGenerationObjective:
         ids_BT, mask_BT, targets_BT = generation_inputs(
             context.batch.input_ids, context.batch.attention_mask, self.dec_id
         )
-        logits_BTV = context.model.generation_logits(ids_BT, mask_BT, context.query)
-        loss = next_token_loss(logits_BTV, targets_BT, self.label_smoothing)
-        return ObjectiveOutput(loss, {"itg_token_accuracy": token_accuracy(logits_BTV, targets_BT)})
+        loss_C, correct_C = context.in_chunks(
+            functools.partial(self._sums, context),
+            *(context.query.hidden, context.query.keys_values, ids_BT, mask_BT, targets_BT),
+        )
+        mean = context.mean_over(count_tokens(targets_BT))
+        return ObjectiveOutput(mean(loss_C.sum()), {"itg_token_accuracy": mean(correct_C.sum())})
+
+    def _sums(
+        self,
+        context: Stage1Context,
+        hidden_bQD: Tensor,
+        keys_values: list[KeysValues],
+        ids_bT: Tensor,
+        mask_bT: Tensor,
+        targets_bT: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and number of correct tokens, (1,) each, so that no logits leave a micro-batch."""
+        states = replace(context.query, hidden=hidden_bQD, keys_values=keys_values)
+        logits_bTV = context.model.generation_logits(ids_bT, mask_bT, states)
+        loss = next_token_loss(logits_bTV, targets_bT, self.label_smoothing)
+        return loss[None], count_correct(logits_bTV, targets_bT)[None]
 
 
 def generation_inputs(input_ids: Tensor, attention_mask: Tensor, dec_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """LM: aligned logits (B, T, V) and targets (B, T) -> loss of stage 2; the shared next-token loss of ITG.
 
 Section 3.3 of the paper: language modelling for decoder-only, prefix language modelling for encoder-decoder models; the
-adapters align logits and targets, so both are one loss. Mean over this rank's tokens, as in LAVIS.
+adapters align logits and targets, so both are one loss. LAVIS takes each rank's own mean over tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from blip2train.batch import IGNORE_INDEX
 from blip2train.model.autocast import full_precision
 from blip2train.objective.context import ObjectiveOutput
+from blip2train.objective.mean import mean_over
 from blip2train.objective.setting import check_label_smoothing
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy per counted token, in float32 or better.
+    """Cross-entropy summed over the counted tokens, in float32 or better.
 
     Args:
         logits: (B, T, V); position t predicts `targets[:, t]`, nothing is shifted here.
@@ -29,24 +30,25 @@ def next_token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.
         label_smoothing: share of the target spread over the whole vocabulary.
 
     Returns:
-        Scalar: the mean over this rank's counted tokens, so ranks with short texts weigh each token more. Zero, with a
-        zero gradient, if no token counts.
+        Scalar. Zero, with a zero gradient, if no token counts.
     """
-    loss_sum = F.cross_entropy(
+    return F.cross_entropy(
         full_precision(logits).flatten(0, 1),
         targets.flatten(),
         ignore_index=IGNORE_INDEX,
         label_smoothing=label_smoothing,
         reduction="sum",
     )
-    return loss_sum / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
-def token_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of the counted tokens whose largest logit is the target; shapes as in `next_token_loss`."""
-    counted_BT = targets != IGNORE_INDEX
-    correct_BT = (logits.detach().argmax(dim=-1) == targets) & counted_BT
-    return correct_BT.sum() / counted_BT.sum().clamp(min=1)
+def count_tokens(targets: Tensor) -> Tensor:
+    """How many tokens are to be predicted: a 0-dim int64."""
+    return (targets != IGNORE_INDEX).sum()
+
+
+def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many counted tokens' largest logit is the target; shapes as in `next_token_loss`."""
+    return ((logits.detach().argmax(dim=-1) == targets) & (targets != IGNORE_INDEX)).sum()
 
 
 class LanguageModelingObjective:
@@ -59,7 +61,8 @@ class LanguageModelingObjective:
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = check_label_smoothing(label_smoothing, "lm")
 
-    def __call__(self, output: LanguageModelOutput) -> ObjectiveOutput:
-        """Loss and next-token accuracy over this rank's target tokens."""
-        loss = next_token_loss(output.logits, output.targets, self.label_smoothing)
-        return ObjectiveOutput(loss, {"lm_token_accuracy": token_accuracy(output.logits, output.targets)})
+    def __call__(self, output: LanguageModelOutput, *, global_means: bool = True) -> ObjectiveOutput:
+        """Loss and next-token accuracy over the target tokens: of all ranks, or of this one (see `mean_over`)."""
+        mean = mean_over(count_tokens(output.targets), global_means=global_means)
+        loss = mean(next_token_loss(output.logits, output.targets, self.label_smoothing))
+        return ObjectiveOutput(loss, {"lm_token_accuracy": mean(count_correct(output.logits, output.targets))})

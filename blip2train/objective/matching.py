@@ -3,6 +3,7 @@
 Section 3.2 of the paper, Image-Text Matching, with hard negatives as in ALBEF (arXiv 2107.07651). LAVIS draws them in a
 Python loop with 2B device syncs and overwrites the similarities it draws from; a row without any allowed negative
 (batch of one, or one image only) takes its own pair as negative or crashes. Here such rows are left out and counted.
+The draws depend on seed, step and place in the batch of all ranks alone: N ranks draw what one would.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ _FINITE = 1e30
 NO_NEGATIVE = -1
 """Column of a row in which nothing may be drawn."""
 
+_IMAGE, _TEXT, _IS_HARD = 0, 1, 2
+"""Streams of random numbers: which image, which text; 2 and 3: whether that image, that text is drawn by similarity."""
 
-def sample_hard_negatives(similarity: Tensor, forbidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+
+def sample_hard_negatives(similarity: Tensor, forbidden: Tensor, gumbel: Tensor) -> Tensor:
     """Draw one column per row, with probability softmax(similarity) over the allowed columns.
 
     Adds Gumbel noise and takes the best, which is that very distribution. `torch.multinomial` wants probabilities: they
@@ -33,14 +37,13 @@ def sample_hard_negatives(similarity: Tensor, forbidden: Tensor, generator: torc
         similarity: (B, G) contrastive logits; neither written to nor given a gradient. NaN counts as least likely, so
             that a diverged step shows in the loss instead of crashing here.
         forbidden: (B, G) bool, True where the pair is not a negative.
-        generator: on the device of `similarity`.
+        gumbel: (B, G) independent standard Gumbel noise (`Draw.gumbel`).
 
     Returns:
         (B,) int64; `NO_NEGATIVE` where everything is forbidden.
     """
     logits_BG = full_precision(similarity.detach()).nan_to_num(nan=-_FINITE, posinf=_FINITE, neginf=-_FINITE)
-    gumbel_BG = -torch.empty_like(logits_BG).exponential_(generator=generator).log()
-    drawn_B = (logits_BG + gumbel_BG).masked_fill(forbidden, -torch.inf).argmax(dim=1)
+    drawn_B = (logits_BG + gumbel).masked_fill(forbidden, -torch.inf).argmax(dim=1)
     return torch.where(forbidden.all(dim=1), NO_NEGATIVE, drawn_B)
 
 
@@ -77,34 +80,38 @@ class MatchingObjective:
         labels_R = matching_labels(negative_image_B, negative_text_B)
         counted_R = labels_R != IGNORE_INDEX
         correct_R = (logits_R2.detach().argmax(dim=1) == labels_R) & counted_R
+        mean = context.mean_over(counted_R.sum())
+        missing = (~counted_R).sum() / (2.0 * len(negative_image_B))
         metrics = {
-            "itm_accuracy": correct_R.sum() / counted_R.sum(),
-            "itm_missing_negatives": 1.0 - (counted_R.sum() - len(negative_image_B)) / (2.0 * len(negative_image_B)),
+            "itm_accuracy": mean(correct_R.sum()),
+            "itm_missing_negatives": context.row_share * missing,
         }
-        return ObjectiveOutput(F.cross_entropy(logits_R2, labels_R, ignore_index=IGNORE_INDEX), metrics)
+        loss_sum = F.cross_entropy(logits_R2, labels_R, ignore_index=IGNORE_INDEX, reduction="sum")
+        return ObjectiveOutput(mean(loss_sum), metrics)
 
     def _negatives(self, context: Stage1Context) -> tuple[Tensor, Tensor]:
         forbidden_BG = context.same_image if self.same_image_matches else context.own_pair
         if self.same_text_matches:
             forbidden_BG = forbidden_BG | context.same_text
-        evenly_BG = torch.zeros(forbidden_BG.shape, device=forbidden_BG.device)
-        if not self.hard_share:
-            return (
-                sample_hard_negatives(evenly_BG, forbidden_BG, context.generator),
-                sample_hard_negatives(evenly_BG, forbidden_BG, context.generator),
-            )
         return (
-            sample_hard_negatives(self._soften(context.similarity_t2i, context), forbidden_BG, context.generator),
-            sample_hard_negatives(self._soften(context.similarity_i2t, context), forbidden_BG, context.generator),
+            sample_hard_negatives(self._logits(context, _IMAGE), forbidden_BG, _noise(context, _IMAGE)),
+            sample_hard_negatives(self._logits(context, _TEXT), forbidden_BG, _noise(context, _TEXT)),
         )
 
-    def _soften(self, similarity_BG: Tensor, context: Stage1Context) -> Tensor:
-        """Similarities with the rows of easy draws flattened to zero."""
+    def _logits(self, context: Stage1Context, side: int) -> Tensor:
+        """(B, G) what a row's negative of this side is drawn by: similarities, or zeros in rows of easy draws."""
+        if not self.hard_share:
+            return torch.zeros(context.own_pair.shape, device=context.own_pair.device)
+        similarity_BG = context.similarity_t2i if side == _IMAGE else context.similarity_i2t
         if self.hard_share == 1.0:
             return similarity_BG
-        device = similarity_BG.device
-        hard_B = torch.rand(len(similarity_BG), device=device, generator=context.generator) < self.hard_share
+        rows_B = context.own_column
+        hard_B = context.draw.uniform(side + _IS_HARD, rows_B, torch.zeros_like(rows_B)) < self.hard_share
         return torch.where(hard_B[:, None], similarity_BG, 0.0)
+
+
+def _noise(context: Stage1Context, side: int) -> Tensor:
+    return context.draw.gumbel(side, context.own_column[:, None], context.columns[None, :])
 
 
 def matching_labels(negative_image: Tensor, negative_text: Tensor) -> Tensor:
@@ -115,9 +122,19 @@ def matching_labels(negative_image: Tensor, negative_text: Tensor) -> Tensor:
 
 
 def _pair_logits(context: Stage1Context, negative_image_B: Tensor, negative_text_B: Tensor) -> Tensor:
-    """(3B, 2) in one pass; a missing negative keeps its row (index 0), so that no shape depends on the data."""
-    images, rows_2B = context.images_and_negatives(negative_image_B.clamp(min=0))
-    image_rows_R = torch.cat([rows_2B, rows_2B[: len(negative_image_B)]])
+    """(3B, 2) in one pass; a missing negative is the own one: no shape depends on the data, and nothing moves."""
+    own_B = context.own_column
+    fetched, image_rows_B = context.fetch_images(torch.where(negative_image_B == NO_NEGATIVE, own_B, negative_image_B))
+    text_rows_B = torch.where(negative_text_B == NO_NEGATIVE, own_B, negative_text_B)
     ids_GT, mask_GT = context.gathered_text
-    text_rows_R = torch.cat([context.own_column, context.own_column, negative_text_B.clamp(min=0)])
-    return context.model.matching_logits(images, ids_GT[text_rows_R], mask_GT[text_rows_R], image_rows_R)
+    images = context.image
+
+    def score(own_b: Tensor, other_image_b: Tensor, own_text_b: Tensor, other_text_b: Tensor) -> Tensor:
+        texts = torch.cat([own_text_b, own_text_b, other_text_b])
+        logits_r2 = context.model.matching_logits(
+            images, ids_GT[texts], mask_GT[texts], torch.cat([own_b, other_image_b, own_b]), fetched
+        )
+        return logits_r2.view(3, len(own_b), 2).transpose(0, 1)
+
+    logits_B32: Tensor = context.in_chunks(score, own_B - own_B[0], image_rows_B, own_B, text_rows_B)
+    return logits_B32.transpose(0, 1).flatten(0, 1)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+
+from blip2train.model.freezing import set_aside
+from blip2train.model.idle import idle_parameters
+
+log = logging.getLogger(__name__)
 
 WeightLoader = Callable[[nn.Module], None]
 """Fills a freshly built model: from stage 1, from a checkpoint being resumed, or not at all."""
@@ -20,16 +27,13 @@ class StepOutput(TypedDict):
     samples: int
 
 
-def seed_batch(seed: int, batch_index: int, rank: int, device: torch.device) -> torch.Generator:
+def seed_batch(seed: int, batch_index: int, rank: int) -> None:
     """Make all randomness of one batch a function of its index, so that a resumed run repeats it exactly.
 
-    Seeds the global generators (dropout) and returns one on `device` for sampling hard negatives.
+    Seeds the global generators (dropout). Hard negatives need none: `objective.draw` makes them of seed and index.
     """
     mixed = (seed * 1_000_003 + batch_index) * 8_191 + rank
     torch.manual_seed(mixed % (2**63))
-    generator = torch.Generator(device=device)
-    generator.manual_seed((mixed + 1) % (2**63))
-    return generator
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int, load: WeightLoader | None) -> nn.Module:
@@ -40,6 +44,29 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int, load: WeightLo
     if load is not None:
         load(model)
     return model
+
+
+def prepare_weights(module: pl.LightningModule, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """After building and filling: set aside what no loss reaches, and shard the rest where the strategy wants it.
+
+    Args:
+        module: holds `model`; its training step runs the model.
+        model: whole.
+        loss: of a tiny batch, with all objectives of the run.
+    """
+    idle = idle_parameters(model, loss)
+    if idle:
+        set_aside(model, idle)
+        log.info("not trained by any loss of this run, kept as they are: %s", summarize_names(idle))
+    if module.device_mesh is not None:  # the strategy is FSDP2
+        from blip2train.model.sharding import shard
+
+        shard(module, module.device_mesh["data_parallel"], step="training_step")
+
+
+def summarize_names(names: Sequence[str], depth: int = 3) -> str:
+    """Parameter names, cut to the module they belong to where several share it."""
+    return ", ".join(dict.fromkeys(".".join(name.split(".")[:depth]) for name in names))
 
 
 def strip_weights(checkpoint: dict[str, Any]) -> None:

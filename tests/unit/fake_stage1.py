@@ -4,21 +4,15 @@ Not a Q-Former: its passes are single layers. The objectives' maths must not dep
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2train.batch import Stage1Batch
+from blip2train.model.qformer.qformer import QueryStates
 
 NUM_QUERIES, WIDTH, VOCAB, DEC_ID = 3, 8, 11, 10
-
-
-@dataclass
-class FakeStates:
-    hidden: Tensor
-    image: Tensor
 
 
 class FakeStage1(nn.Module):
@@ -34,13 +28,24 @@ class FakeStage1(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.3))
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        self.calls["image_tokens"] += 1
-        tokens_BP12 = pixel_values.flatten(1).reshape(len(pixel_values), -1, 12).to(self.encoder.weight.dtype) / 255
-        return self.ln_vision(self.encoder(tokens_BP12))
+        return self.normalise_tokens(self.raw_tokens(pixel_values))
 
-    def encode_image(self, image_tokens: Tensor) -> FakeStates:
+    def raw_tokens(self, pixel_values: Tensor) -> Tensor:
+        self.calls["raw_tokens"] += 1
+        tokens_BP12 = pixel_values.flatten(1).reshape(len(pixel_values), -1, 12).to(self.encoder.weight.dtype) / 255
+        return self.encoder(tokens_BP12)
+
+    def normalise_tokens(self, raw_tokens: Tensor) -> Tensor:
+        self.calls["normalise_tokens"] += 1
+        return self.ln_vision(raw_tokens)
+
+    def image_keys_values(self, image_tokens: Tensor) -> Tensor:
+        self.calls["image_keys_values"] += 1
+        return image_tokens
+
+    def encode_image(self, image_tokens: Tensor) -> QueryStates:
         self.calls["encode_image"] += 1
-        return FakeStates(self._read(image_tokens), image_tokens)
+        return QueryStates(self._read(image_tokens), [], image_tokens)
 
     def _read(self, image_tokens: Tensor) -> Tensor:
         attention_BQP = (self.query_tokens @ image_tokens.transpose(1, 2)).softmax(dim=-1)
@@ -55,14 +60,20 @@ class FakeStage1(nn.Module):
         return F.normalize(self._text(ids, mask), dim=-1)
 
     def matching_logits(
-        self, image_tokens: Tensor, ids: Tensor, mask: Tensor, image_rows: Tensor | None = None
+        self,
+        image_tokens: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        image_rows: Tensor | None = None,
+        more_images: Tensor | None = None,
     ) -> Tensor:
         self.calls["matching_logits"] += 1
-        images_BPI = image_tokens if image_rows is None else image_tokens[image_rows]
+        everything = image_tokens if more_images is None else torch.cat([image_tokens, more_images])
+        images_BPI = everything if image_rows is None else everything[image_rows]
         queries_BQD = self._read(images_BPI) + self._text(ids, mask)[:, None]
         return self.itm_head(queries_BQD.tanh()).mean(dim=1)
 
-    def generation_logits(self, ids: Tensor, mask: Tensor, query: FakeStates) -> Tensor:
+    def generation_logits(self, ids: Tensor, mask: Tensor, query: QueryStates) -> Tensor:
         self.calls["generation_logits"] += 1
         return self.head(self.words(ids) * mask[..., None] + query.hidden.mean(dim=1, keepdim=True))
 

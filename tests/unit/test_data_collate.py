@@ -185,7 +185,7 @@ def test_two_captions_of_one_image_are_never_each_others_negatives(qformer: QFor
     context = build_context(fake_model(), batch, gather_gradients=False)
     likely = torch.full((4, 4), -50.0)
     likely[0, 1] = likely[1, 0] = 50.0
-    drawn = sample_hard_negatives(likely, context.same_image).tolist()
+    drawn = sample_hard_negatives(likely, context.same_image, torch.zeros(4, 4)).tolist()
     same = world != "two datasets"
     assert context.same_image.tolist() == [
         [row == column or (same and {row, column} == {0, 1}) for column in range(4)] for row in range(4)

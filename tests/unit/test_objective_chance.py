@@ -26,7 +26,7 @@ def test_itm_chance_is_the_best_constant_answer_to_one_in_three() -> None:
 
 @pytest.mark.parametrize("objective", ["itg", "lm"])
 def test_generation_chance_is_the_loss_of_equal_logits(objective: str) -> None:
-    loss = next_token_loss(torch.zeros(2, 3, 17, dtype=torch.float64), torch.ones(2, 3, dtype=torch.int64), 0.1)
+    loss = next_token_loss(torch.zeros(2, 3, 17, dtype=torch.float64), torch.ones(2, 3, dtype=torch.int64), 0.1) / 6
     assert abs(chance_level(objective, vocab_size=17) - float(loss)) < 1e-12
 
 

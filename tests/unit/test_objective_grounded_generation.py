@@ -58,8 +58,8 @@ def test_more_padding_changes_nothing() -> None:
 
 def test_batch_of_one_runs_and_a_text_of_one_token_gives_zero() -> None:
     model, batch = fake_model(), fake_batch(1)
-    assert float(GroundedGenerationObjective(dec_id=DEC_ID)(build_context(model, batch, True)).loss) > 0
+    assert float(GroundedGenerationObjective(dec_id=DEC_ID)(build_context(model, batch)).loss) > 0
     batch.input_ids, batch.attention_mask = batch.input_ids[:, :1], batch.attention_mask[:, :1]
-    loss = GroundedGenerationObjective(dec_id=DEC_ID)(build_context(model, batch, True)).loss
+    loss = GroundedGenerationObjective(dec_id=DEC_ID)(build_context(model, batch)).loss
     loss.backward()
     assert float(loss) == 0.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blip2train.batch import IGNORE_INDEX
-from blip2train.objective.language_modeling import LanguageModelingObjective, next_token_loss, token_accuracy
+from blip2train.objective.language_modeling import LanguageModelingObjective, count_correct, next_token_loss
 
 
 @dataclass
@@ -32,7 +32,7 @@ def test_loss_equals_a_naive_loop_over_counted_tokens(smoothing: float) -> None:
         share = [(1 - smoothing) * (token == target) + smoothing / 5 for token in range(5)]
         losses.append(-sum(weight * (value - log_total) for weight, value in zip(share, logits, strict=True)))
     loss = next_token_loss(example.logits, example.targets, smoothing)
-    assert abs(float(loss) - sum(losses) / 4) < 1e-12
+    assert abs(float(loss) - sum(losses)) < 1e-12
 
 
 def test_without_smoothing_it_is_the_loss_of_transformers() -> None:
@@ -56,16 +56,17 @@ def test_half_precision_logits_are_summed_in_float32_also_under_autocast() -> No
 
 def test_no_counted_token_gives_zero_and_a_zero_gradient() -> None:
     logits_BTV = torch.randn(2, 3, 5, requires_grad=True)
-    loss = next_token_loss(logits_BTV, torch.full((2, 3), IGNORE_INDEX))
+    loss = LanguageModelingObjective()(Output(logits_BTV, torch.full((2, 3), IGNORE_INDEX))).loss
     loss.backward()
     assert float(loss) == 0.0
     assert not logits_BTV.grad.any()
 
 
-def test_accuracy_counts_predicted_tokens_only() -> None:
+def test_only_predicted_tokens_count_as_correct() -> None:
     targets_BT = torch.tensor([[1, 0, IGNORE_INDEX]])
     logits_BTV = torch.nn.functional.one_hot(torch.tensor([[1, 1, 1]]), 3).float()
-    assert float(token_accuracy(logits_BTV, targets_BT)) == 0.5
+    assert int(count_correct(logits_BTV, targets_BT)) == 1
+    assert float(LanguageModelingObjective()(Output(logits_BTV, targets_BT)).metrics["lm_token_accuracy"]) == 0.5
 
 
 def test_batch_of_one_runs() -> None:

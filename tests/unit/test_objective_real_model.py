@@ -28,8 +28,7 @@ def _batch(lengths: list[int]) -> Stage1Batch:
 
 
 def _losses(model: torch.nn.Module, batch: Stage1Batch, names: list[str]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    context = build_context(model, batch, gather_gradients=True, generator=generator)  # type: ignore[arg-type]
+    context = build_context(model, batch)  # type: ignore[arg-type]
     return {name: OBJECTIVES[name](context).loss for name in names}
 
 

@@ -142,10 +142,14 @@ class QFormer(nn.Module):
         )
         self._initialise(initializer_range)
 
-    def encode_image(self, image_tokens: Tensor) -> QueryStates:
-        """Let the queries read images (B, P, I); no text is seen. Runs once per step: `decode` and `fuse` reuse it."""
-        image = self.image_keys_values(image_tokens)
-        hidden_BQD = self._embed(self.query_tokens.expand(image_tokens.shape[0], -1, -1))
+    def encode_image(self, image_tokens: Tensor | ImageKeysValues) -> QueryStates:
+        """Let the queries read images (B, P, I), or their `image_keys_values`; no text is seen.
+
+        Runs once per step: `decode` and `fuse` reuse it.
+        """
+        image = self.image_keys_values(image_tokens) if isinstance(image_tokens, Tensor) else image_tokens
+        batch = next(keys_values[0].shape[0] for keys_values in image if keys_values is not None)
+        hidden_BQD = self._embed(self.query_tokens.expand(batch, -1, -1))
         keys_values = []
         for block, image_of_layer in zip(self._layers(), image, strict=True):
             hidden_BQD, own = self._run(block, hidden_BQD, self.num_queries, image=image_of_layer)
@@ -172,7 +176,12 @@ class QFormer(nn.Module):
         return hidden_BTD
 
     def fuse(
-        self, image_tokens: Tensor | ImageKeysValues, ids: Tensor, mask: Tensor, image_rows: Tensor | None = None
+        self,
+        image_tokens: Tensor | ImageKeysValues,
+        ids: Tensor,
+        mask: Tensor,
+        image_rows: Tensor | None = None,
+        more_images: ImageKeysValues | None = None,
     ) -> Tensor:
         """Let queries read image and text together: `mask.bidirectional`, as image-text matching needs it.
 
@@ -182,6 +191,7 @@ class QFormer(nn.Module):
             mask: (B, T) bool, True on real tokens.
             image_rows: (B,) int64, which of the N images goes with each text; None pairs them in order (N = B).
                 Each image is projected once, however many texts meet it.
+            more_images: `image_keys_values` of further images, which `image_rows` counts from N on.
 
         Returns:
             (B, Q, D): query rows only; the text rows of the last layer are not computed.
@@ -191,13 +201,14 @@ class QFormer(nn.Module):
         hidden_BSD = self._embed(torch.cat([queries_BQD, self._text()(ids)], dim=1))
         visible_BS = torch.cat([mask.new_ones(len(mask), self.num_queries), mask], dim=1)
         last = len(self.blocks) - 1
-        for layer, (block, image_of_layer) in enumerate(zip(self._layers(), image, strict=True)):
+        more = [None] * len(image) if more_images is None else more_images
+        for layer, (block, image_of_layer, more_of_layer) in enumerate(zip(self._layers(), image, more, strict=True)):
             hidden_BSD, _ = self._run(
                 block,
                 hidden_BSD,
                 self.num_queries,
                 mask=visible_BS[:, None, None, :],
-                image=_select(image_of_layer, image_rows),
+                image=_select(image_of_layer, more_of_layer, image_rows),
                 rows=self.num_queries if layer == last else None,
             )
         return hidden_BSD
@@ -306,10 +317,11 @@ class QFormer(nn.Module):
                     nn.init.zeros_(module.weight.data[module.padding_idx])
 
 
-def _select(image: KeysValues | None, rows_B: Tensor | None) -> KeysValues | None:
+def _select(image: KeysValues | None, more: KeysValues | None, rows_B: Tensor | None) -> KeysValues | None:
     if image is None or rows_B is None:
         return image
-    return image[0].index_select(0, rows_B), image[1].index_select(0, rows_B)
+    keys, values = image if more is None else (torch.cat([image[0], more[0]]), torch.cat([image[1], more[1]]))
+    return keys.index_select(0, rows_B), values.index_select(0, rows_B)
 
 
 def _check_sizes(
