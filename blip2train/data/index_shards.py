@@ -11,11 +11,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +21,7 @@ from blip2train.data.shard_cache import GZIP_ENDINGS, ShardCache
 from blip2train.data.shard_index import INDEX_NAME, ShardEntry, parse_damaged, parse_index, write_rows
 from blip2train.data.shard_reader import file_name
 from blip2train.data.shard_table import ShardTable
-from blip2train.data.worker_process import end_with_parent, submit, worker_context
+from blip2train.data.worker_process import run_tasks, worker_context, worker_pool
 from blip2train.errors import ConfigError, DataError
 from blip2train.run_dir import check_writable
 
@@ -32,7 +29,6 @@ Progress = Callable[[int, int | None, int | None], None]
 """Called with (shards done, shards in all, bytes done)."""
 
 _SECONDS_BETWEEN_SAVES = 10.0
-_QUEUED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,21 +185,7 @@ def _is_unchanged(url: str, row: ShardEntry, index: Path) -> bool:
 
 
 def _in_pool(scan: Callable[[str], ScannedShard], urls: Sequence[str], workers: int) -> Iterator[ScannedShard]:
-    running: set[Future[ScannedShard]] = set()
-    tasks = iter(urls)
-    pool = ProcessPoolExecutor(workers, worker_context(__name__), end_with_parent)
-    try:
-        while True:
-            running |= {submit(pool, scan, url) for url in islice(tasks, workers + _QUEUED - len(running))}
-            if not running:
-                return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process was killed, perhaps for want of memory",
-            where="workers",
-            fix="repeat the command: it continues; with fewer workers= if it happens again",
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    fix = "repeat the command: it continues; with fewer workers= if it happens again"
+    with worker_pool(worker_context(__name__), workers, fix) as pool:
+        for _, scanned in run_tasks(pool, scan, urls, workers):
+            yield scanned

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,13 +22,11 @@ from blip2train.data.inspect_shard import CountTokens, ShardSummary, inspect_sha
 from blip2train.data.remote import beside
 from blip2train.data.shard_index import UNCOUNTED
 from blip2train.data.shards import Shard, ShardCache
-from blip2train.data.worker_process import end_with_parent, submit, worker_context
-from blip2train.errors import DataError
+from blip2train.data.worker_process import end_with_parent, run_tasks, worker_context, worker_pool
 
 Progress = Callable[[int, int | None, int | None], None]
 """Called with (records done, records in all if known, bytes of images done)."""
 
-_QUEUED_SHARDS = 2
 _RECORDS_PER_WORKER = 5000
 """A process takes seconds to start; this many records pay for it."""
 
@@ -174,32 +170,16 @@ def _summaries(
 def _in_pool(
     shards: Sequence[Shard], inspect: Callable[..., ShardSummary], workers: int
 ) -> Iterator[tuple[int, ShardSummary]]:
-    context = worker_context(__name__)
     others = {*multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(workers, context, _start_worker)
-    waiting = iter(enumerate(shards))
-    running: dict[Future[ShardSummary], int] = {}
-    try:
-        is_open = True
-        while is_open or running:
-            while is_open and len(running) < workers + _QUEUED_SHARDS:
-                task = next(waiting, None)
-                if task is None:
-                    is_open = False
-                else:
-                    running[submit(pool, inspect, task[1])] = task[0]
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process of the check was killed, perhaps for want of memory",
-            where="workers",
-            fix="repeat the command with fewer workers=",
-        ) from error
-    finally:
-        for process in {*multiprocessing.active_children()} - others if running else ():
-            process.terminate()  # left early: what they read is of no use, and nothing is written
-        pool.shutdown(wait=True, cancel_futures=True)
+    with worker_pool(
+        worker_context(__name__), workers, "repeat the command with fewer workers=", _start_worker
+    ) as pool:
+        try:
+            yield from run_tasks(pool, inspect, shards, workers)
+        except BaseException:  # left early: what the processes read is of no use, and they write nothing
+            for process in {*multiprocessing.active_children()} - others:
+                process.terminate()
+            raise
 
 
 def _start_worker() -> None:

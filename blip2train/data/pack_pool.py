@@ -7,8 +7,6 @@ image it has in hand. When the parent is killed outright, they notice and end.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,10 @@ from typing import Any
 import torch
 
 from blip2train.data.pack_worker import PackSettings, ShardReport, ShardTask, make_shard
-from blip2train.data.worker_process import end_with_parent, submit, worker_context
-from blip2train.errors import DataError
+from blip2train.data.worker_process import end_with_parent, run_tasks, worker_context, worker_pool
 
 OnRows = Callable[[int, int], None]
 """Called with (rows, bytes) done since the start."""
-
-_SECONDS_BETWEEN_LOOKS = 0.5
-_QUEUED_TASKS = 2
-"""Beyond one per process: enough to keep them busy, few enough to hold little in memory."""
 
 _ROWS, _BYTES, _STOP = range(3)
 _shared: Any = None  # of a worker process: what the pool's initializer gave it
@@ -70,30 +63,17 @@ def _in_pool(
 ) -> Generator[ShardReport, None, None]:
     context = worker_context(__name__)
     shared = context.Array("q", 3)
-    running: set[Future[ShardReport]] = set()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (shared,))
-    try:
-        is_open = True
-        while is_open or running:
-            while is_open and len(running) < workers + _QUEUED_TASKS:
-                task = next(tasks, None)
-                if task is None:
-                    is_open = False
-                else:
-                    running.add(submit(pool, make, task))
-            finished, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-            on_rows(shared[_ROWS], shared[_BYTES])
-            for future in finished:
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a packing process was killed, perhaps for want of memory, or could not start",
-            where=f"workers={workers}",
-            fix="repeat the command: it continues; with fewer workers= if it happens again, or with workers=1",
-        ) from error
-    finally:
-        shared[_STOP] = 1
-        pool.shutdown(wait=True, cancel_futures=True)
+    fix = "repeat the command: it continues; with fewer workers= if it happens again, or with workers=1"
+
+    def look() -> None:
+        on_rows(shared[_ROWS], shared[_BYTES])
+
+    with worker_pool(context, workers, fix, _start_worker, (shared,)) as pool:
+        try:
+            for _, report in run_tasks(pool, make, tasks, workers, look):
+                yield report
+        finally:
+            shared[_STOP] = 1  # before the processes are waited for
 
 
 def _start_worker(shared: Any) -> None:

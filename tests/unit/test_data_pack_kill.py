@@ -103,7 +103,7 @@ def test_a_killed_worker_is_said(world: Path) -> None:
     for child in _grandchildren(program.pid):
         os.kill(child, signal.SIGKILL)
     _, errors = program.communicate(timeout=60)
-    assert program.returncode != 0 and "a packing process was killed" in errors
+    assert program.returncode != 0 and "a worker process was killed" in errors
     finish(world)
 
 

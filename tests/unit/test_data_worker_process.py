@@ -7,7 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from blip2train.data.worker_process import run_tasks, worker_context, worker_pool
+from blip2train.errors import DataError
 
 PARENT = """
 import os, time
@@ -65,6 +71,37 @@ def test_ctrl_c_while_processes_start_leaves_no_complaint(tmp_path: Path) -> Non
         timeout=60,
     )
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+def test_every_task_is_done_once_and_none_is_made_long_before_it_is_needed() -> None:
+    made: list[int] = []
+    looks: list[int] = []
+
+    def tasks() -> Iterator[int]:
+        for number in range(12):
+            made.append(number)
+            yield -number
+
+    done: list[tuple[int, int]] = []
+    with worker_pool(worker_context("json"), 2, "wait") as pool:
+        for pair in run_tasks(pool, abs, tasks(), 2, lambda: looks.append(len(done))):
+            done.append(pair)
+            assert len(made) <= len(done) + 2 + 2
+    assert sorted(done) == [(number, number) for number in range(12)] == [(number, number) for number in made]
+    assert looks
+
+
+def test_a_killed_process_and_the_error_of_a_task_are_told_apart() -> None:
+    with (
+        pytest.raises(DataError, match=r"killed, perhaps for want of memory.*\n.*workers=2.*\n.*take fewer"),
+        worker_pool(worker_context("json"), 2, "take fewer") as pool,
+    ):
+        list(run_tasks(pool, os._exit, [1], 2))
+    with (
+        pytest.raises(ValueError, match="invalid literal"),
+        worker_pool(worker_context("json"), 2, "take fewer") as pool,
+    ):
+        list(run_tasks(pool, int, ["1", "x"], 2))
 
 
 def _status(pid: int) -> dict[str, str]:
