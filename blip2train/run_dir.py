@@ -8,6 +8,8 @@ metrics.csv                          the same as a table; a quantity that a step
 wandb_id                             under which wandb knows the run, where it is told of it
 warnings.jsonl                       one object per warning: "step", "cause", "seen", "likely", "look"
 bad_steps/step-<N>/                  of a step with a loss or gradient that is not finite: report.json and its batches
+ranks/rank-<N>.json                  each process's last heartbeat; rank-<N>.stack.txt: where it hung, if the run hung
+stuck.json                           of a run that went on no more: which rank kept the others waiting
 dropped.jsonl                        one object per record that could not be used: dataset, cause, shard, key
 data_report.json                     where too many of them stopped the run: counts and examples by source and cause
 checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
@@ -80,6 +82,14 @@ class RunDir:
     @property
     def bad_steps(self) -> Path:
         return self.path / "bad_steps"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks"
+
+    @property
+    def stuck_path(self) -> Path:
+        return self.path / "stuck.json"
 
     @property
     def dropped_path(self) -> Path:

@@ -14,10 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from blip2train.callback.stop_signal import StopSignal
 from blip2train.cli import check
 from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
 from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.features import describe_features, with_features
+from blip2train.cli.guard import Guard
+from blip2train.cli.health import build_health
 from blip2train.cli.resume import checkpoint_to_resume, step_of
 from blip2train.cli.run_log import build_loggers, build_watchers, chance_levels
 from blip2train.errors import Blip2TrainError
@@ -35,11 +38,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
-    """How a training ended: the last optimizer step, and the signal that stopped it early, if any."""
+    """How a training ended: the last optimizer step, and the signal that stopped it early, if any.
+
+    Args:
+        exit_code: for the process, see `blip2train.exit_code`.
+    """
 
     run: RunDir
     step: int
     stopped_by: str | None
+    exit_code: int
 
 
 def main() -> None:
@@ -51,8 +59,9 @@ def run(config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         config.run_dir = str(folder.path)  # Hydra numbers a sweep's folders, and loggers write where this says
     outcome = train(config, folder)
-    if outcome.stopped_by:
-        raise KeyboardInterrupt
+    if outcome.exit_code:
+        log.info("stopped by %s after step %d; the same command continues", outcome.stopped_by, outcome.step)
+        raise SystemExit(outcome.exit_code)
     log.info("done: %s\n  next: blip2train evaluate run=%s   then: blip2train report run=%s", *(folder.path,) * 3)
 
 
@@ -62,15 +71,19 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     Raises:
         ConfigError, DataError, CheckpointError: see each; all but disk and data faults come before the first step.
     """
-    require_filled(config)
-    check.check_train(config)
-    adopt_vision_encoder(config)
-    built = with_features(config)
+    with StopSignal() as stop:
+        require_filled(config)
+        check.check_train(config)
+        adopt_vision_encoder(config)
+        built = with_features(config)
+        with Guard(config, run, stop) as guard:
+            return _train(config, built, run, guard)
 
+
+def _train(config: DictConfig, built: DictConfig, run: RunDir, guard: Guard) -> TrainOutcome:
     import pytorch_lightning as pl
     import torch
 
-    from blip2train.callback.interrupt import InterruptCallback
     from blip2train.checkpoint.io import TRAINER_STATE
     from blip2train.cli.initial_weights import InitialWeights
     from blip2train.data.drop import summary
@@ -85,10 +98,10 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
     weights = InitialWeights(built, checkpoint, tokenizer.words if check.stage_number(config) == 1 else ())
     module = build_module(built, weights)
     start = None if checkpoint else _Start(config, built, run, weights, datamodule)
-    interrupt = InterruptCallback(config.log_every_steps)
-    metrics, progress, clock = build_watchers(config, built, datamodule)
+    finite, health = build_health(config.health, run)
+    metrics, progress, clock = build_watchers(config, built, datamodule, finite, health)
     trainer = _build_trainer(
-        config, run, [metrics, interrupt, progress], last=clock, start=start, step=step_of(checkpoint)
+        config, run, [finite, health, metrics, progress], guard, last=clock, start=start, step=step_of(checkpoint)
     )
     started = time.perf_counter()
     try:
@@ -103,12 +116,15 @@ def train(config: DictConfig, run: RunDir) -> TrainOutcome:
             start.withdraw()
         raise
     notes: dict[str, Any] = {"data": datamodule.counters()}  # of all ranks, so every rank is asked
+    stopped_by, code = guard.stopped_by(finished=trainer.global_step >= config.trainer.max_steps)
     if trainer.is_global_zero and trainer.global_step > step_of(checkpoint):  # a finished run keeps its notes
         for line in summary(notes["data"]):
             log.warning("%s", line)
         notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
-        _note_outcome(run, trainer, notes, interrupt.signal_name)
-    return TrainOutcome(run, trainer.global_step, interrupt.signal_name)
+        _note_outcome(run, trainer, notes, stopped_by)
+    if code:
+        guard.leave_together()
+    return TrainOutcome(run, trainer.global_step, stopped_by, code)
 
 
 def adopt_vision_encoder(config: DictConfig) -> None:
@@ -142,6 +158,7 @@ def _build_trainer(
     config: DictConfig,
     run: RunDir,
     callbacks: list[pl.Callback],
+    guard: Guard,
     *,
     last: pl.Callback,
     start: _Start | None,
@@ -160,7 +177,7 @@ def _build_trainer(
         callbacks.append(ProvenanceCallback(start.write))  # last: whatever refuses the start comes before it
     trainer: pl.Trainer = build(
         config.trainer,
-        callbacks=[*callbacks, last],
+        callbacks=guard.callbacks([*callbacks, last]),
         logger=build_loggers(config, run, step),
         default_root_dir=str(run.path),
         enable_progress_bar=False,
@@ -170,6 +187,7 @@ def _build_trainer(
         num_sanity_val_steps=0,
         max_epochs=-1,
     )
+    guard.attach(trainer)
     return trainer
 
 

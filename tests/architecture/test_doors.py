@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "blip2train"
 DOORS = {
     "hydra": ("cli/",),
     "omegaconf": ("cli/",),
-    "torch.distributed": ("distributed.py", "model/sharding.py"),
+    "torch.distributed": ("distributed.py", "peers.py", "model/sharding.py"),
     "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
     "fsspec": ("data/remote.py",),
     "aiohttp": ("data/remote.py",),
