@@ -23,7 +23,7 @@ from torch import Tensor
 from blip2train import distributed
 from blip2train.callback.micro_batch import between_micro_batches
 from blip2train.callback.trainer_state import TrainerStateFile
-from blip2train.checkpoint.find import METRIC, list_checkpoints, rank_by_metric, step_of
+from blip2train.checkpoint.find import METRIC, list_checkpoints, rank_by_metric
 from blip2train.checkpoint.io import TRAINER_STATE, disk_error, save_weights
 from blip2train.checkpoint.publish import clear_leftovers, delete, partial_of, publish
 from blip2train.errors import Blip2TrainError, CheckpointError, ConfigError
@@ -164,20 +164,20 @@ class CheckpointCallback(pl.Callback):
         if self.trainer_state:
             trainer.save_checkpoint(partial_of(final) / TRAINER_STATE, weights_only=False)
         weights = whole_state_dict(trainer)
-        error = self._write(final, weights) if distributed.is_main() else None
+        facts = {"step": step, "samples": getattr(trainer.datamodule, "num_samples_consumed", None), **self.metadata}
+        error = self._write(final, weights, facts) if distributed.is_main() else None
         error = distributed.gather_objects([error])[0]
         if error is None:
             self._saved_step = step
         return error
 
-    def _write(self, final: Path, weights: Mapping[str, Tensor]) -> Blip2TrainError | None:
-        facts = {"step": step_of(final), **self.metadata}
+    def _write(self, final: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Blip2TrainError | None:
         metric = self._metric()
         try:
             failed = self._file.take_error()
             if failed is not None:
                 raise failed
-            save_weights(weights, partial_of(final), facts if metric is None else facts | {METRIC: metric})
+            save_weights(weights, partial_of(final), {**facts, METRIC: metric} if metric else facts)
             publish(final)
         except CheckpointError as error:
             return error

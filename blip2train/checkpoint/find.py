@@ -26,8 +26,13 @@ _NAME = re.compile(r"step-\d+")
 
 def list_checkpoints(run: RunDir) -> list[Path]:
     """Checkpoints of a run by their names, oldest first; `problems` says whether one is whole."""
-    found = [path for path in run.checkpoints.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in run.checkpoints.glob("step-*") if is_checkpoint_name(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a folder of this name would be a checkpoint."""
+    return _NAME.fullmatch(name) is not None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -71,8 +71,7 @@ def check_train(config: DictConfig) -> None:
     _check_global_batch(config)
     _check_sharing(config)
     _check_optim(config)
-    if config.resume not in ("auto", "never"):
-        raise ConfigError(f"resume is {config.resume!r}", where="resume", fix='use "auto" or "never"')
+    check_health(config.health)
     if config.log_every_steps < 1:
         raise ConfigError(
             f"log_every_steps is {config.log_every_steps}",

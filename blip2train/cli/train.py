@@ -21,10 +21,10 @@ from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.features import describe_features, with_features
 from blip2train.cli.guard import Guard
 from blip2train.cli.health import build_health
-from blip2train.cli.resume import checkpoint_to_resume, step_of
+from blip2train.cli.resume import ResumePoint, find_resume_point
 from blip2train.cli.run_log import build_loggers, build_watchers, chance_levels
 from blip2train.errors import Blip2TrainError
-from blip2train.run_dir import RunDir, read_json, write_json
+from blip2train.run_dir import RunDir, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -84,31 +84,33 @@ def _train(config: DictConfig, built: DictConfig, run: RunDir, guard: Guard) -> 
     import pytorch_lightning as pl
     import torch
 
-    from blip2train.checkpoint.io import TRAINER_STATE
     from blip2train.cli.initial_weights import InitialWeights
     from blip2train.data.drop import summary
 
     quiet_libraries()  # after Lightning's import, which sets its own log level
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    checkpoint = checkpoint_to_resume(config, run)
+    point = find_resume_point(config, run)
+    step = point.step if point else 0
     pl.seed_everything(config.seed, verbose=False)
     datamodule = build(built.data)
     tokenizer = datamodule.collator.tokenizer
-    weights = InitialWeights(built, checkpoint, tokenizer.words if check.stage_number(config) == 1 else ())
+    weights = InitialWeights(
+        built, point.checkpoint if point else None, tokenizer.words if check.stage_number(config) == 1 else ()
+    )
     module = build_module(built, weights)
-    start = None if checkpoint else _Start(config, built, run, weights, datamodule)
+    start = None if point else _Start(config, built, run, weights, datamodule)
     finite, health = build_health(config.health, run)
     metrics, progress, clock = build_watchers(config, built, datamodule, finite, health)
     trainer = _build_trainer(
-        config, run, [finite, health, metrics, progress], guard, last=clock, start=start, step=step_of(checkpoint)
+        config, run, [finite, health, metrics, progress], guard, last=clock, start=start, point=point
     )
     started = time.perf_counter()
     try:
         trainer.fit(
             module,
             datamodule=datamodule,
-            ckpt_path=str(checkpoint / TRAINER_STATE) if checkpoint else None,
+            ckpt_path=str(point.trainer_state) if point else None,
             weights_only=True,
         )
     except Blip2TrainError:
@@ -117,7 +119,7 @@ def _train(config: DictConfig, built: DictConfig, run: RunDir, guard: Guard) -> 
         raise
     notes: dict[str, Any] = {"data": datamodule.counters()}  # of all ranks, so every rank is asked
     stopped_by, code = guard.stopped_by(finished=trainer.global_step >= config.trainer.max_steps)
-    if trainer.is_global_zero and trainer.global_step > step_of(checkpoint):  # a finished run keeps its notes
+    if trainer.is_global_zero and trainer.global_step > step:  # a finished run keeps its notes
         for line in summary(notes["data"]):
             log.warning("%s", line)
         notes["train_seconds"] = run.read_manifest().get("train_seconds", 0.0) + time.perf_counter() - started
@@ -162,7 +164,7 @@ def _build_trainer(
     *,
     last: pl.Callback,
     start: _Start | None,
-    step: int,
+    point: ResumePoint | None,
 ) -> pl.Trainer:
     from blip2train.callback.checkpoint import CheckpointCallback
     from blip2train.callback.provenance import ProvenanceCallback
@@ -171,14 +173,21 @@ def _build_trainer(
     callbacks = [
         *callbacks,
         *build(config.get("callback") or {}).values(),
-        CheckpointCallback(run, metadata={"stage": stage, "name": config.name}, **config.checkpoint),
+        CheckpointCallback(
+            run,
+            metadata={"stage": stage, "name": config.name},
+            agree_every_steps=config.log_every_steps,
+            resumed=point.checkpoint if point else None,
+            settle=point.settle if point else None,
+            **config.checkpoint,
+        ),
     ]
     if start is not None:  # a resumed run keeps the record of how it once began
         callbacks.append(ProvenanceCallback(start.write))  # last: whatever refuses the start comes before it
     trainer: pl.Trainer = build(
         config.trainer,
         callbacks=guard.callbacks([*callbacks, last]),
-        logger=build_loggers(config, run, step),
+        logger=build_loggers(config, run, point.step if point else 0),
         default_root_dir=str(run.path),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -217,7 +226,7 @@ class _Start:
         self._run.path.mkdir(parents=True, exist_ok=True)
         for stale in (self._run.dropped_path, self._run.data_report_path):  # of a run that never reached a checkpoint
             stale.unlink(missing_ok=True)
-        self._run.config_path.write_text(self._config_text, encoding="utf-8")
+        write_text(self._run.config_path, self._config_text)
         self._facts["chance_levels"] = self._chance_levels()
         write_json(self._run.manifest_path, self._facts | {"init": {key: init[key] for key in ("sources", "counts")}})
         write_json(self._run.init_path, init)
