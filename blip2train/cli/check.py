@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from blip2train.cli.check_model import check_first_weights, check_precision
+from blip2train.cli.health import check_health
 from blip2train.data.sharing import batch_per_device, check_readers
 from blip2train.errors import ConfigError
 from blip2train.nested import differences

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
     from blip2train.callback.compute import SampleFlops
+    from blip2train.callback.finite import FiniteCallback
+    from blip2train.callback.health import HealthCallback
     from blip2train.callback.metrics import MetricsCallback
     from blip2train.callback.progress import ProgressCallback
     from blip2train.callback.step_clock import StepClock
@@ -59,7 +61,7 @@ def chance_levels(config: DictConfig, data: BlipDataModule) -> dict[str, float]:
 
 
 def build_watchers(
-    config: DictConfig, built: DictConfig, data: BlipDataModule
+    config: DictConfig, built: DictConfig, data: BlipDataModule, finite: FiniteCallback, health: HealthCallback
 ) -> tuple[MetricsCallback, ProgressCallback, StepClock]:
     """The callbacks that measure a training and show it; the clock has to be the last one of the trainer.
 
@@ -67,6 +69,8 @@ def build_watchers(
         config: as the user gave it; loggers show it.
         built: what is trained; differs where features were cached.
         data: what it is trained on.
+        finite: counts skipped and clipped steps.
+        health: looks at every log entry.
     """
     from blip2train.callback.metrics import MetricsCallback
     from blip2train.callback.progress import ProgressCallback
@@ -77,7 +81,8 @@ def build_watchers(
     metrics = MetricsCallback(
         config.log_every_steps,
         clock,
-        more=data.progress,
+        more=lambda: data.progress() | finite.progress(),
+        watch=health.on_entry,
         chance=functools.partial(chance_levels, config, data),
         flops=_flops_on_main_process(built),
         peak_tflops=config.peak_tflops,
@@ -87,14 +92,17 @@ def build_watchers(
 
 
 def _flops_on_main_process(config: DictConfig) -> SampleFlops | None:
+    """Operations of a sample, where a GPU trains or `peak_tflops` asks: counting takes seconds, as long as a toy run."""
+    import torch
     from pytorch_lightning.utilities import rank_zero_only
 
     from blip2train.cli.sample_flops import count_sample_flops
 
-    if rank_zero_only.rank != 0:  # who logs nothing needs no count
+    on_gpu = config.trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
+    if rank_zero_only.rank != 0 or not (on_gpu or config.peak_tflops):  # who logs nothing needs no count
         return None
     try:
         return count_sample_flops(config)
     except ConfigError as error:
-        log.info("no MFU: %s", error.found)
+        log.warning("no MFU: %s", error.found)
         return None

@@ -27,3 +27,19 @@ def query_text_similarity(image_features: Tensor, text_features: Tensor) -> Tens
         queries_RE = full_precision(image_features).reshape(num_images * num_queries, width)
         products_RN = queries_RE @ full_precision(text_features).T
         return products_RN.reshape(num_images, num_queries, -1).max(dim=1).values
+
+
+def query_likeness(image_features: Tensor) -> Tensor:
+    """How much the queries of an image say the same: their mean pairwise cosine, averaged over images; no gradient.
+
+    Args:
+        image_features: (M, Q, E), normalised.
+
+    Returns:
+        Scalar, float32 or better: 1 where all queries of every image agree, also with a single query.
+    """
+    features = full_precision(image_features.detach())
+    num_queries = features.shape[1]
+    # the squared length of the sum counts every ordered pair once, and each query with itself
+    pairs_M = features.sum(dim=1).square().sum(dim=1) - features.square().sum(dim=(1, 2))
+    return pairs_M.mean() / (num_queries * (num_queries - 1)) if num_queries > 1 else features.new_ones(())
