@@ -72,7 +72,7 @@ def check_train(config: DictConfig) -> None:
     _check_global_batch(config)
     _check_sharing(config)
     _check_optim(config)
-    check_health(config.health)
+    check_health(config.get("health") or {})
     if config.log_every_steps < 1:
         raise ConfigError(
             f"log_every_steps is {config.log_every_steps}",

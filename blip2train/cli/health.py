@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 _WHOLE = ("max_skipped_steps", "settle_steps", "weights_every_steps")
 
 
-def check_health(config: DictConfig) -> None:
-    """Imports no torch.
+def check_health(config: Mapping[str, Any]) -> None:
+    """Imports no torch. An older run's config has no such block, and needs none to be looked at.
 
     Raises:
         ConfigError: a threshold that cannot be one.
