@@ -1,109 +1,247 @@
-"""Two gloo processes, averaged as DDP does, against one process with the whole batch (float64, all parameters)."""
+"""Several gloo processes, averaged as DDP does, against one process with the whole batch: float64, every parameter.
 
-from dataclasses import replace
+Ranks bring different numbers of pairs and of tokens, and draw their negatives as in training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_stage1 import DEC_ID, fake_batch, fake_model
-from two_ranks import on_two_ranks
+from tiny_model import OPT, T5, random_images, random_text, stage2_batch, tiny_stage1, tiny_stage2
+from torch import Tensor, nn
+from two_ranks import on_ranks
 
-from blip2train.batch import Stage1Batch
-from blip2train.objective import matching
+from blip2train.batch import Stage1Batch, Stage2Batch
+from blip2train.model.language_model.decoder_only import DecoderOnly
+from blip2train.model.language_model.encoder_decoder import EncoderDecoder
 from blip2train.objective.context import build_context
-from blip2train.objective.contrastive import ContrastiveObjective
-from blip2train.objective.grounded_generation import GroundedGenerationObjective
-from blip2train.objective.matching import NO_NEGATIVE, MatchingObjective
+from blip2train.objective.contrastive import ContrastiveObjective, contrastive_loss
+from blip2train.objective.draw import Draw
+from blip2train.objective.grounded_generation import GroundedGenerationObjective, generation_inputs
+from blip2train.objective.language_modeling import LanguageModelingObjective, count_tokens, next_token_loss
+from blip2train.objective.matching import MatchingObjective
+from blip2train.objective.similarity import query_text_similarity
 
-LENGTHS = [5, 3, 4, 7, 2, 3]  # 12 tokens on each rank: the mean over a rank's tokens is then the mean over all
-IMAGE_IDS = [0, 1, 2, 1, 3, 4]  # image 1 lives on both ranks
-MODES = [(True, True), (True, False), (False, True)]  # gather_gradients, multi_positive
-
-
-def _whole_batch() -> Stage1Batch:
-    batch = fake_batch(6, length=7, image_ids=IMAGE_IDS)
-    mask_BT = torch.arange(7)[None, :] < torch.tensor(LENGTHS)[:, None]
-    ids_BT = torch.randint(1, DEC_ID, (6, 7), generator=torch.Generator().manual_seed(5)) * mask_BT
-    return replace(batch, input_ids=ids_BT, attention_mask=mask_BT)
+LENGTHS = [5, 3, 4, 7, 2, 3]
+IMAGE_IDS = [0, 1, 2, 1, 3, 1]  # image 1 lives on both ranks
+SHARES = {2: [4, 2], 3: [3, 1, 2]}
+"""Pairs of each rank, by the number of ranks."""
+ATOL = 1e-10
 
 
-def _half_batch(rank: int) -> Stage1Batch:
-    """Three rows with texts as long as this rank's longest: 5 tokens on rank 0, 7 on rank 1."""
-    whole, rows = _whole_batch(), slice(3 * rank, 3 * rank + 3)
+@dataclass(frozen=True)
+class Case:
+    """What is compared; `model` by its name in `build`."""
+
+    model: str
+    gather_gradients: bool = True
+    global_means: bool = True
+    multi_positive: bool = True
+    hard_share: float = 1.0
+    micro_batch_size: int | None = None
+
+
+CASES = {
+    "fake": Case("fake"),
+    "fake, own pair alone": Case("fake", multi_positive=False),
+    "fake, one-sided": Case("fake", gather_gradients=False),
+    "fake, half of the negatives easy": Case("fake", hard_share=0.5),
+    "real": Case("real"),
+    "real, trained encoder": Case("trained"),
+    "real, in twos": Case("real", micro_batch_size=2),
+    "real, in ones, so that a rank has empty chunks": Case("real", micro_batch_size=1),
+    "trained encoder, in threes": Case("trained", micro_batch_size=3),
+}
+LAVIS = Case("real", gather_gradients=False, global_means=False, multi_positive=False)
+STAGE2 = {"opt": DecoderOnly, "t5": EncoderDecoder}
+
+
+def build(name: str) -> Any:
+    if name == "fake":
+        return fake_model()
+    return tiny_stage1(vision={"trainable_blocks": 1} if name == "trained" else {}).double().eval()
+
+
+def whole_batch(model: str) -> Stage1Batch:
+    if model == "fake":
+        batch = fake_batch(6, length=7, image_ids=IMAGE_IDS)
+        mask_BT = torch.arange(7)[None, :] < torch.tensor(LENGTHS)[:, None]
+        ids_BT = torch.randint(1, DEC_ID, (6, 7), generator=torch.Generator().manual_seed(5)) * mask_BT
+        return replace(batch, input_ids=ids_BT, attention_mask=mask_BT)
+    return Stage1Batch(random_images(6), *random_text(LENGTHS), torch.tensor(IMAGE_IDS), [str(row) for row in range(6)])
+
+
+def share(batch: Stage1Batch, rank: int, sizes: Sequence[int]) -> Stage1Batch:
+    """A rank's rows, with texts as long as its longest."""
+    end = list(accumulate(sizes))[rank]
+    rows = slice(end - sizes[rank], end)
     longest = max(LENGTHS[rows])
     return Stage1Batch(
-        pixel_values=whole.pixel_values[rows],
-        input_ids=whole.input_ids[rows, :longest],
-        attention_mask=whole.attention_mask[rows, :longest],
-        image_ids=whole.image_ids[rows],
-        keys=whole.keys[rows],
+        pixel_values=batch.pixel_values[rows],
+        input_ids=batch.input_ids[rows, :longest],
+        attention_mask=batch.attention_mask[rows, :longest],
+        image_ids=batch.image_ids[rows],
+        keys=batch.keys[rows],
     )
 
 
-def hardest(similarity: torch.Tensor, forbidden: torch.Tensor, generator: object = None) -> torch.Tensor:
-    """The most similar allowed column instead of a draw, which would differ between one process and two."""
-    best_B = similarity.detach().masked_fill(forbidden, -torch.inf).argmax(dim=1)
-    return torch.where(forbidden.all(dim=1), NO_NEGATIVE, best_B)
-
-
-def _step(batch: Stage1Batch, gather_gradients: bool, multi_positive: bool) -> dict[str, Any]:
-    model = fake_model()
-    context = build_context(model, batch, gather_gradients=gather_gradients)
+def step(case: Case, batch: Stage1Batch) -> dict[str, Any]:
+    model = build(case.model)
+    context = build_context(
+        model,
+        batch,
+        gather_gradients=case.gather_gradients,
+        global_means=case.global_means,
+        micro_batch_size=case.micro_batch_size,
+        draw=Draw(7, 3),
+    )
+    matching = MatchingObjective(
+        same_image_matches=case.multi_positive, hard_share=case.hard_share, same_text_matches=True
+    )
     objectives = {
-        "itc": ContrastiveObjective(multi_positive=multi_positive),
-        "itm": MatchingObjective(same_image_matches=multi_positive),  # both modes of both, in two runs
-        "itg": GroundedGenerationObjective(dec_id=DEC_ID),
+        "itc": ContrastiveObjective(multi_positive=case.multi_positive),
+        "itm": matching,
+        "itg": GroundedGenerationObjective(dec_id=4 if case.model != "fake" else DEC_ID),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "sample_hard_negatives", hardest)
-        losses = {name: objective(context).loss for name, objective in objectives.items()}
-    torch.stack(list(losses.values())).sum().backward()
+    outputs = {name: objective(context) for name, objective in objectives.items()}
+    torch.stack([output.loss for output in outputs.values()]).sum().backward()
+    metrics = {name: float(value) for output in outputs.values() for name, value in output.metrics.items()}
     return {
-        "losses": {name: float(loss) for name, loss in losses.items()},
-        "gradients": {name: item.grad for name, item in model.named_parameters() if item.requires_grad},
-        "negatives": hardest(context.similarity_t2i, context.same_image).tolist(),
+        "values": metrics | {name: output.loss.item() for name, output in outputs.items()},
+        "gradients": gradients(model),
+        "negatives": torch.stack(matching._negatives(context)),
         "own_column": context.own_column.tolist(),
     }
 
 
-def _all_modes(rank: int) -> list[dict[str, Any]]:
-    return [_step(_half_batch(rank), *mode) for mode in MODES]
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: item.grad for name, item in model.named_parameters() if item.requires_grad}
+    assert None not in found.values()
+    return found
+
+
+def stage2_step(name: str, rows: slice) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = tiny_stage2(STAGE2[name]({"opt": OPT, "t5": T5}[name])).double().eval()
+    batch = stage2_batch([3, 1, 2, 2, 1, 3], LENGTHS)
+    fields = ("pixel_values", "prompt_ids", "prompt_mask", "target_ids", "target_mask", "keys")
+    output = LanguageModelingObjective()(model(Stage2Batch(*(getattr(batch, field)[rows] for field in fields))))
+    output.loss.backward()
+    values = {"lm": output.loss.item(), "accuracy": float(output.metrics["lm_token_accuracy"])}
+    return {"values": values, "gradients": gradients(model)}
+
+
+def rows_of(rank: int, sizes: Sequence[int]) -> slice:
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def run_rank(rank: int, cases: dict[str, Case], sizes: Sequence[int]) -> dict[str, Any]:
+    found = {name: step(case, share(whole_batch(case.model), rank, sizes)) for name, case in cases.items()}
+    return found | {name: stage2_step(name, rows_of(rank, sizes)) for name in STAGE2}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    return on_two_ranks(_all_modes, folder)
+    return on_ranks(2, run_rank, folder, CASES | {"lavis": LAVIS}, SHARES[2])
 
 
-@pytest.mark.parametrize("mode", range(len(MODES)))
-def test_averaged_gradients_are_those_of_one_process_with_the_double_batch(
-    ranks: list[list[dict[str, Any]]], mode: int
-) -> None:
-    whole = _step(_whole_batch(), *MODES[mode])
+def assert_mean_of_ranks(ranks: list[dict[str, Any]], whole: dict[str, Any]) -> None:
     for name, expected in whole["gradients"].items():
-        averaged = (ranks[0][mode]["gradients"][name] + ranks[1][mode]["gradients"][name]) / 2
-        torch.testing.assert_close(averaged, expected, rtol=0, atol=1e-13, msg=lambda text, n=name: f"{n}: {text}")
+        averaged = torch.stack([rank["gradients"][name] for rank in ranks]).mean(dim=0)
+        torch.testing.assert_close(averaged, expected, rtol=0, atol=ATOL, msg=lambda text, n=name: f"{n}: {text}")
+    for name, expected in whole["values"].items():
+        atol = ATOL if "_" not in name else 1e-6  # metrics are float32
+        assert sum(rank["values"][name] for rank in ranks) / len(ranks) == pytest.approx(expected, abs=atol), name
 
 
-@pytest.mark.parametrize("mode", range(len(MODES)))
-def test_averaged_losses_are_those_of_one_process_with_the_double_batch(
-    ranks: list[list[dict[str, Any]]], mode: int
+@pytest.mark.parametrize("name", CASES)
+def test_mean_of_uneven_ranks_is_one_process_with_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    assert_mean_of_ranks([rank[name] for rank in ranks], step(CASES[name], whole_batch(CASES[name].model)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_draw_the_negatives_of_one_process_and_never_the_same_image(
+    ranks: list[dict[str, Any]], name: str
 ) -> None:
-    whole = _step(_whole_batch(), *MODES[mode])
-    for name, expected in whole["losses"].items():
-        assert abs(sum(rank[mode]["losses"][name] for rank in ranks) / 2 - expected) < 1e-13
+    case = CASES[name]
+    drawn = torch.cat([rank[name]["negatives"] for rank in ranks], dim=1)
+    assert torch.equal(drawn, step(case, whole_batch(case.model))["negatives"])
+    for columns in drawn.tolist():
+        for row, column in enumerate(columns):
+            assert row != column
+            assert not case.multi_positive or IMAGE_IDS[row] != IMAGE_IDS[column]
+    assert any((row < 4) != (column < 4) for columns in drawn.tolist() for row, column in enumerate(columns))
+    assert [rank[name]["own_column"] for rank in ranks] == [[0, 1, 2, 3], [4, 5]]
 
 
-def test_negatives_come_from_all_ranks_but_never_from_the_same_image(ranks: list[list[dict[str, Any]]]) -> None:
-    columns = [column for rank in ranks for column in rank[0]["negatives"]]
-    assert columns == _step(_whole_batch(), *MODES[0])["negatives"]
-    assert any((row < 3) != (column < 3) for row, column in enumerate(columns)), "one negative is from the other rank"
-    assert all(IMAGE_IDS[row] != IMAGE_IDS[column] for row, column in enumerate(columns))
-    assert [rank[0]["own_column"] for rank in ranks] == [[0, 1, 2], [3, 4, 5]]
+@pytest.mark.parametrize("name", STAGE2)
+def test_mean_of_uneven_ranks_is_one_process_in_stage_2_too(ranks: list[dict[str, Any]], name: str) -> None:
+    assert_mean_of_ranks([rank[name] for rank in ranks], stage2_step(name, slice(None)))
 
 
-def test_the_two_gradient_modes_differ() -> None:
-    both, one = (_step(_whole_batch(), *MODES[mode])["gradients"] for mode in (0, 2))
+def test_three_ranks_are_one_process_too(tmp_path: Path) -> None:
+    names = ["fake", "trained encoder, in threes"]
+    ranks = on_ranks(3, run_rank, tmp_path, {name: CASES[name] for name in names}, SHARES[3])
+    for name in names:
+        assert_mean_of_ranks([rank[name] for rank in ranks], step(CASES[name], whole_batch(CASES[name].model)))
+
+
+def naive_lavis(sizes: Sequence[int], negatives: Tensor) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """LAVIS's step in one process that plays every rank: other sides' features are constants, means are a rank's."""
+    model, batch = build("real"), whole_batch("real")
+    tokens = model.image_tokens(batch.images)
+    query = model.encode_image(tokens)
+    images, texts = model.image_features(query.hidden), model.text_features(batch.input_ids, batch.attention_mask)
+    ids, mask, targets = generation_inputs(batch.input_ids, batch.attention_mask, 4)
+    words = model.generation_logits(ids, mask, query)
+    losses = []
+    for rank in range(len(sizes)):
+        rows = rows_of(rank, sizes)
+        own = torch.eye(6, dtype=torch.bool)[rows]
+        towards = query_text_similarity(images[rows], texts.detach()) / model.temperature
+        back = query_text_similarity(images.detach(), texts[rows]).T / model.temperature
+        pairs = [(row, row, 1) for row in range(6)[rows]]
+        pairs += [(int(negatives[0, row]), row, 0) for row in range(6)[rows]]
+        pairs += [(row, int(negatives[1, row]), 0) for row in range(6)[rows]]
+        scores = [
+            model.matching_logits(
+                tokens[image : image + 1], batch.input_ids[text, None], batch.attention_mask[text, None]
+            ).log_softmax(dim=1)[0, label]
+            for image, text, label in pairs
+        ]
+        losses.append(
+            {
+                "itc": (contrastive_loss(towards, own, 0.1) + contrastive_loss(back, own, 0.1)) / 2,
+                "itm": -torch.stack(scores).mean(),
+                "itg": next_token_loss(words[rows], targets[rows], 0.1) / count_tokens(targets[rows]),
+            }
+        )
+    torch.stack([loss for rank in losses for loss in rank.values()]).sum().div(len(sizes)).backward()
+    return [{name: loss.item() for name, loss in rank.items()} for rank in losses], gradients(model)
+
+
+def test_lavis_settings_are_lavis_as_a_naive_loop(ranks: list[dict[str, Any]]) -> None:
+    found = [rank["lavis"] for rank in ranks]
+    losses, expected = naive_lavis(SHARES[2], torch.cat([rank["negatives"] for rank in found], dim=1))
+    for rank, naive in zip(found, losses, strict=True):
+        assert {name: rank["values"][name] for name in naive} == pytest.approx(naive, abs=ATOL)
+    for name, gradient in expected.items():
+        averaged = (found[0]["gradients"][name] + found[1]["gradients"][name]) / 2
+        torch.testing.assert_close(averaged, gradient, rtol=0, atol=ATOL, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_settings_matter() -> None:
+    both, one = (step(CASES[name], whole_batch("fake"))["gradients"] for name in ("fake", "fake, one-sided"))
     assert not torch.allclose(both["words.weight"], one["words.weight"])
+
+
+def test_each_ranks_own_means_are_not_those_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+    whole = step(replace(LAVIS, global_means=True), whole_batch("real"))
+    own = sum(rank["lavis"]["values"]["itg"] for rank in ranks) / 2
+    assert abs(own - whole["values"]["itg"]) > 1e-3
