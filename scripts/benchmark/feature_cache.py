@@ -135,7 +135,7 @@ def training(config: DictConfig) -> Iterator[float]:
     objectives = build(config.stage.objectives)
     optimizer, scheduler = build(config.optim)(model)
     for batch in loader:
-        context = build_context(model, batch, gather_gradients=True, generator=torch.Generator().manual_seed(0))
+        context = build_context(model, batch, gather_gradients=True)
         loss = torch.stack([objective.weight * objective(context).loss for objective in objectives.values()]).sum()
         loss.backward()
         optimizer.step()
