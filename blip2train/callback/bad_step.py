@@ -110,7 +110,7 @@ def _run_again(trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, p
     progress = trainer.fit_loop.epoch_loop.batch_progress.total
     ready, progress.ready = progress.ready, index + 1
     try:
-        with torch.no_grad(), watch(pl_module) as probe:
+        with torch.no_grad(), watch(pl_module.model) as probe:  # type: ignore[arg-type]
             output = trainer.strategy.training_step(batch, index)
     finally:
         progress.ready = ready
@@ -167,14 +167,15 @@ def _report(
 def _in_short(ranks: list[dict[str, Any]]) -> str:
     """The first thing that went wrong in the forward pass; if nothing did, in the backward pass."""
     for facts in ranks:
-        first, keys = facts["first_module"], " ".join(facts["keys"][:5])
+        first = facts["first_module"]
         if first:
             kind = "NaN" if first["nan"] else "infinity"
             if first["weights_not_finite"]:
                 why = f"its {', '.join(first['weights_not_finite'])} is not finite"
             else:
                 why = "from a finite input" if first["input_finite"] else "from an input that was so already"
-            return f": {first['module']} ({first['class']}) gave {kind} on rank {facts['rank']}, {why}; keys {keys} ..."
+            where = f"{first['module']} ({first['class']}) gave {kind} on rank {facts['rank']}"
+            return f": {where}, {why}; {_keys_in_short(first, facts['keys'])}"
     for facts in ranks:
         bad = [name for name, value in facts["losses"].items() if isinstance(value, str)]
         if bad:
@@ -183,6 +184,15 @@ def _in_short(ranks: list[dict[str, Any]]) -> str:
     if names:
         return f": the forward pass is finite, the gradient of {names[0]} ({len(set(names))} in all) is not"
     return ": run again, the forward pass is finite"
+
+
+def _keys_in_short(first: dict[str, Any], keys: list[str]) -> str:
+    """The records at fault, where the module's rows are the batch's and not all of them are bad."""
+    rows, of_batch = first["rows"], first["output_shape"][:1] == [len(keys)]
+    if of_batch and len(rows) < len(keys):
+        shown = [keys[row] for row in rows]
+        return f"in {len(rows)} of {len(keys)} rows, keys {' '.join(shown[:5])}{' ...' if len(shown) > 5 else ''}"
+    return f"keys of the batch {' '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
 
 
 def _number(value: Tensor) -> float | str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -29,6 +29,13 @@ BUDGET_STEPS = 1000
 
 _LEAST_SCALE = 1.0
 """Under 16-mixed an infinite gradient is the loss scale's fault; at a scale below this it no longer is."""
+
+
+_FIX = (
+    "look at the report and at the batch (`blip2train show batch batch=FILE`); lower optim.lr, lengthen "
+    "optim.warmup_steps or take trainer.precision=bf16-mixed instead of 16-mixed; then continue from the last "
+    "checkpoint, which is from before this (resume=auto), or train on with health.max_skipped_steps raised"
+)
 
 
 class NonFiniteError(Blip2TrainError):
@@ -141,22 +148,22 @@ class FiniteCallback(pl.Callback):
         last = bool(broken) or len(self._skipped) > self._max_skipped
         what = "a loss" if judged.bad_loss else "the gradient"
         report = f"{what} is not finite{self._recorder.record(trainer, pl_module, step, last=last)}"
-        if broken:
-            raise _stop(f"weights are not finite ({', '.join(broken[:3])}); no later step could be", step, report)
-        if last:
-            raise _stop(
-                f"{len(self._skipped)} of the last {BUDGET_STEPS} steps were not finite, "
-                f"health.max_skipped_steps={self._max_skipped} are allowed",
-                step,
-                report,
-            )
         hides = hasattr(trainer.strategy, "gradient_norm")  # such a strategy leaves out what is not finite by itself
+        if broken:
+            self._stop(f"weights are not finite ({', '.join(broken[:3])}); no later step could be", step, report)
+        if last:
+            counted = f"{len(self._skipped)} of the last {BUDGET_STEPS} steps were not finite"
+            self._stop(f"{counted}, health.max_skipped_steps={self._max_skipped} are allowed", step, report)
         if hides and math.isfinite(judged.norm):
-            raise _stop("the loss is not finite, yet its gradient is, which this strategy cannot drop", step, report)
+            self._stop("the loss is not finite, yet its gradient is, which this strategy cannot drop", step, report)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
         self._warnings.say_always(step.number, _left_out(report, judged.bad_loss))
+
+    def _stop(self, found: str, step: Step, report: str) -> NoReturn:
+        self._warnings.say_always(step.number, Finding("stopped", f"the run ends: {found}", report, _FIX))
+        raise NonFiniteError(found, where=f"training, step {step.number}: {report}", fix=_FIX)
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": list(self._skipped), "num_skipped": self._num_skipped, "scaler_skips": self._scaler_skips}
@@ -174,7 +181,8 @@ def _loss_scale(trainer: pl.Trainer) -> float:
 
 def _broken_weights(pl_module: pl.LightningModule) -> list[str]:
     """Names, over all ranks, of parameters that are themselves not finite."""
-    broken = [name for name, parameter in pl_module.named_parameters() if not is_finite(parameter)]
+    named = pl_module.model.named_parameters()  # type: ignore[union-attr]
+    broken = [name for name, parameter in named if not is_finite(parameter)]
     return sorted(set(distributed.gather_objects(broken)))
 
 
@@ -185,13 +193,3 @@ def _left_out(report: str, bad_loss: bool) -> Finding:
         else "an overflow or a division by zero in the backward pass, where the forward pass is fine"
     )
     return Finding("step_left_out", f"left out, {report}", likely, "the report; `blip2train show batch batch=FILE`")
-
-
-def _stop(found: str, step: Step, report: str) -> NonFiniteError:
-    return NonFiniteError(
-        found,
-        where=f"training, step {step.number}: {report}",
-        fix="look at the report and at the batch (`blip2train show batch batch=FILE`); lower optim.lr, lengthen "
-        "optim.warmup_steps or take trainer.precision=bf16-mixed instead of 16-mixed; then continue from the last "
-        "checkpoint, which is from before this (resume=auto), or train on with health.max_skipped_steps raised",
-    )

@@ -25,7 +25,7 @@ def check_health(config: Mapping[str, Any]) -> None:
     """
     for name, value in config.items():
         whole = name in _WHOLE
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value >= 0:
             kind = "a whole number" if whole else "a number"
             raise ConfigError(f"{name} is {value!r}", where=f"health.{name}", fix=f"give {kind} of 0 or more")
 

@@ -22,9 +22,12 @@ from blip2train.run_dir import RunDir
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 USAGE = """usage: blip2train show batch|order|masks|params|estimate|config|paper-diff  [overrides as for train]
 
-  batch       one batch of the data pipeline: every field with its shape, captions, and the images as show_batch.png
+  batch       one batch of the data pipeline: every field with its shape, captions, and the images as show_batch.png;
+              batch=RUN/bad_steps/step-N/batch-rankR.pt: the batch of a step that went wrong
   order       which records a run draws, sample by sample, undecoded (steps=1..3, samples=0..99, run=FOLDER)
   masks       the three self-attention masks of stage 1 (paper, figure 2), as a picture show_masks.png and as text
   params      trainable and frozen parameters, module by module (depth=3), from the config alone
@@ -35,7 +38,7 @@ USAGE = """usage: blip2train show batch|order|masks|params|estimate|config|paper
 
 def main() -> None:
     verbs = {
-        "batch": ("train", show_batch),
+        "batch": ("show_batch", show_batch),
         "order": ("show_order", _show_order),
         "masks": ("train", show_masks),
         "params": ("show_params", _show_params),
@@ -99,14 +102,34 @@ def _show_paper_diff(config: DictConfig) -> None:
 
 
 def show_batch(config: DictConfig) -> None:
-    """One batch as training would see it first."""
+    """One batch as training would see it first, or a saved one."""
+    if config.batch is not None:
+        _show_saved_batch(Path(config.batch))
+        return
     config = _check(config)
     import torch
 
     torch.manual_seed(config.seed)
     config.data.num_workers, config.data.drop_log = 0, None
     datamodule = build(config.data)
-    batch = next(iter(datamodule.train_dataloader()))
+    _show(next(iter(datamodule.train_dataloader())), build(config.data.collator.tokenizer))
+
+
+def _show_saved_batch(path: Path) -> None:
+    """A batch that a training saved in its run folder, whose config says how to read the text."""
+    from blip2train.batch_file import load_batch
+
+    batch, facts = load_batch(path)
+    folder = path.absolute().parent
+    run = load_run_config(RunDir.open(folder.parent.parent, where="batch="))
+    log.info("step %(step)s, rank %(rank)s, micro-batch %(batch_index)s of the run", facts)
+    _show(batch, build(run.data.collator.tokenizer))
+    log.info("what was found out about it: %s", folder / "report.json")
+
+
+def _show(batch: Any, tokenizer: Any) -> None:
+    import torch
+
     console = Console()
     table = Table("field", "shape", "dtype", "range", title=f"{type(batch).__name__} (legend: blip2train/batch.py)")
     for field in dataclasses.fields(batch):
@@ -117,7 +140,7 @@ def show_batch(config: DictConfig) -> None:
         elif value is not None:
             table.add_row(field.name, f"({len(value)},)", type(value[0]).__name__, f"{value[0]} .. {value[-1]}")
     console.print(table)
-    texts = _texts(batch, build(config.data.collator.tokenizer))
+    texts = _texts(batch, tokenizer)
     for key, text in list(zip(batch.keys, texts, strict=True))[:8]:
         console.print(f"  {key}: {text}", markup=False, highlight=False)
     if batch.pixel_values is None:

@@ -34,6 +34,7 @@ class Probe:
             "input_finite": all(is_finite(tensor) for tensor in tensors_in(inputs)),
             "weights_not_finite": weights,
             "output_shape": list(found[0].shape),
+            "rows": bad_rows(found[0]),
             "nan": int(torch.isnan(found[0]).sum()),
             "infinite": int(torch.isinf(found[0]).sum()),
         }
@@ -70,6 +71,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def bad_rows(value: Tensor) -> list[int]:
+    """Places along the first dimension, usually the batch's, at which something is not finite."""
+    if not value.ndim:
+        return []
+    places: list[int] = (~torch.isfinite(value.reshape(len(value), -1)).all(dim=1)).nonzero()[:, 0].tolist()
+    return places
 
 
 def is_finite(value: Tensor) -> bool:

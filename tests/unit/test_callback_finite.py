@@ -81,7 +81,7 @@ def test_the_report_names_module_keys_and_randomness_and_the_batch_can_be_read(t
     batch, about = load_batch(tmp_path / "bad_steps" / "step-0000003" / "batch-rank0.pt")
     assert batch.keys == facts["keys"] and about == {"step": 3, "batch_index": 2, "rank": 0}
     (row,) = RunDir(tmp_path).read_warnings()
-    assert row["step"] == 3 and row["cause"] == "step_left_out" and "keys 2-0 2-1" in row["seen"]
+    assert row["step"] == 3 and row["cause"] == "step_left_out" and "in 1 of 4 rows, keys 2-2;" in row["seen"]
 
 
 def test_running_the_batch_again_leaves_the_training_as_it_was(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_weight_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> Non
             with torch.no_grad():
                 module.model.frozen.bias[0] = torch.nan
 
-    with pytest.raises(NonFiniteError, match=r"weights are not finite \(model.frozen.bias\)"):
+    with pytest.raises(NonFiniteError, match=r"weights are not finite \(frozen.bias\)"):
         fit(TinyModule(disturb=poison), [guard(tmp_path)], max_steps=5)
     assert "frozen (Linear) gave NaN on rank 0, its bias is not finite" in report_of(tmp_path, 3)["found"]
 
@@ -228,7 +228,7 @@ def test_a_scale_that_never_fits_is_said_and_then_counted(tmp_path: Path) -> Non
         module = TinyModule(clip_loss=lambda loss, index: Infinite.apply(loss))
         fit(module, [guard(tmp_path, budget=2)], max_steps=60, plugins=[scaled()])
     causes = [(row["step"], row["cause"]) for row in RunDir(tmp_path).read_warnings()]
-    assert causes == [(10, "loss_scaling"), (16, "step_left_out"), (17, "step_left_out")]
+    assert causes == [(10, "loss_scaling"), (16, "step_left_out"), (17, "step_left_out"), (18, "stopped")]
 
 
 def two_rank_run(rank: int, folder: str, case: str) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def test_what_goes_wrong_on_one_rank_is_left_out_on_both(tmp_path: Path, case: s
     assert zero["after"].keys() == one["after"].keys()
     report = report_of(tmp_path, 3)
     if case == "weight":
-        assert "weights are not finite (model.hidden.weight)" in zero["error"] and zero["error"] == one["error"]
+        assert "weights are not finite (hidden.weight)" in zero["error"] and zero["error"] == one["error"]
         assert "hidden (Linear) gave NaN on rank 1, its weight is not finite" in report["found"]
         return
     assert not zero["error"] and max(zero["after"]) == 5
