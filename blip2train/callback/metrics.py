@@ -32,7 +32,7 @@ class MetricsCallback(pl.Callback):
     `learning_rate`, `learning_rate/GROUP`       the highest, and that of each parameter group
     `gradient_norm`         of the last step, before clipping
     `memory_gb`             the highest of any rank so far
-    `tflops_per_second`, `mfu`                   of the model's operations, per device; the share of its peak
+    `tflops_per_second`, `mfu`                   of the model's operations, per device; as a share of its peak
 
     Args:
         every_steps: optimizer steps per log entry.

@@ -33,6 +33,7 @@ class WandbRunLogger(WandbLogger):
 
     def __init__(self, run_dir: str, *, resume_step: int, offline: bool = True, **options: Any) -> None:
         super().__init__(save_dir=run_dir, offline=offline, resume=None if offline else "allow", **options)
+        self._wandb_init.pop("anonymous")  # Lightning passes what wandb no longer knows, and says so
         self._folder, self._resume_step = RunDir(Path(run_dir)), resume_step
 
     @property

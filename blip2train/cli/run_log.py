@@ -77,7 +77,6 @@ def build_watchers(
     from blip2train.callback.step_clock import StepClock
 
     clock = StepClock()
-    settings: Any = OmegaConf.to_container(config, resolve=True)
     metrics = MetricsCallback(
         config.log_every_steps,
         clock,
@@ -86,13 +85,27 @@ def build_watchers(
         chance=functools.partial(chance_levels, config, data),
         flops=_flops_on_main_process(built),
         peak_tflops=config.peak_tflops,
-        settings=settings,
+        settings=shown_settings(config),
     )
     return metrics, ProgressCallback(f"stage {check.stage_number(config)}", lambda: metrics.latest), clock
 
 
+def shown_settings(config: DictConfig) -> dict[str, Any]:
+    """The resolved config for loggers, which may send it elsewhere: without the keys to where shards are stored."""
+
+    def without_keys(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without_keys(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {str(key): without_keys(item) for key, item in value.items() if key != "storage_options"}
+
+    shown: dict[str, Any] = without_keys(OmegaConf.to_container(config, resolve=True))
+    return shown
+
+
 def _flops_on_main_process(config: DictConfig) -> SampleFlops | None:
-    """Operations of a sample, where a GPU trains or `peak_tflops` asks: counting takes seconds, as long as a toy run."""
+    """Operations of a sample, where a GPU trains or `peak_tflops` asks: counting takes seconds."""
     import torch
     from pytorch_lightning.utilities import rank_zero_only
 

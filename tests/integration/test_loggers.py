@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from test_resume import cut
 
+from blip2train.callback.wandb_logger import WandbRunLogger
+from blip2train.cli.run_log import shown_settings
 from blip2train.run_dir import RunDir, read_json
 
-SETTINGS = ("checkpoint.every_steps=3", "checkpoint.keep_last=0", "trainer.max_steps=6")
+SETTINGS = ("checkpoint.every_steps=3", "checkpoint.keep_last=0", "trainer.max_steps=6", "logger=[tensorboard,wandb]")
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, float]]]:
@@ -34,21 +36,25 @@ def tensorboard_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def wandb_rows(folder: Path) -> list[dict[str, Any]]:
-    """History records of an offline segment, by wandb's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    """History records of an offline segment: protocol buffers in LevelDB's log format, behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    store = DataStore()
-    store.open_for_scan(str(next(folder.glob("*.wandb"))))
-    rows = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = {
-                (item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item
-            }
-            rows.append({"step": record.history.step.num} | items)
+    data = next(folder.glob("*.wandb")).read_bytes()
+    rows, place, whole = [], 7, b""
+    while place + 7 < len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            record, whole = Record.FromString(whole), b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                values = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in items}
+                rows.append({"step": record.history.step.num} | values)
     return rows
 
 
@@ -61,31 +67,39 @@ def same(logged: list[dict[str, Any]], run: RunDir, rel: float) -> None:
         assert all(math.isclose(row[name], twin[name], rel_tol=rel) for name in row)
 
 
-def test_tensorboard_continues_its_curves_without_the_repeated_steps(laboratory, tmp_path: Path) -> None:
-    whole = laboratory.train("microworld_stage1", tmp_path / "whole", *SETTINGS, "logger=tensorboard").run
-    same(tensorboard_rows(whole.path / "tensorboard"), whole, rel=1e-6)  # it keeps float32
-    resumed = cut(whole, "step-0000003", tmp_path / "resumed")  # its event files go to step 6
-    laboratory.train("microworld_stage1", resumed.path, *SETTINGS, "logger=tensorboard")
-    same(tensorboard_rows(resumed.path / "tensorboard"), resumed, rel=1e-6)
-    assert len(list((resumed.path / "tensorboard").glob("events*"))) == 2
-    assert sorted(path.name for path in resumed.path.iterdir() if path.is_dir()) == ["checkpoints", "tensorboard"]
+@pytest.fixture(scope="module")
+def runs(laboratory, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, RunDir]:
+    """A run of 6 steps, and one that was cut at step 3, its loggers at step 6, and resumed."""
+    folder = tmp_path_factory.mktemp("loggers")
+    whole = laboratory.train("microworld_stage1", folder / "whole", *SETTINGS).run
+    resumed = cut(whole, "step-0000003", folder / "resumed")
+    laboratory.train("microworld_stage1", resumed.path, *SETTINGS)
+    return whole, resumed
 
 
-@pytest.mark.slow
-def test_wandb_offline_is_one_run_whose_newest_segment_is_whole(laboratory, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    whole = laboratory.train("microworld_stage1", tmp_path / "whole", *SETTINGS, "logger=wandb").run
+def test_tensorboard_continues_its_curves_without_the_repeated_steps(runs: tuple[RunDir, RunDir]) -> None:
+    for run in runs:
+        same(tensorboard_rows(run.path / "tensorboard"), run, rel=1e-6)  # it keeps float32
+    assert len(list((runs[1].path / "tensorboard").glob("events*"))) == 2
+    folders = {path.name for path in runs[1].path.iterdir() if path.is_dir()}
+    assert folders <= {"checkpoints", "ranks", "tensorboard", "wandb"}
+
+
+def test_wandb_offline_is_one_run_whose_newest_segment_is_whole(runs: tuple[RunDir, RunDir]) -> None:
+    whole, resumed = runs
     same(wandb_rows(whole.path / "wandb" / "latest-run"), whole, rel=1e-12)
-    resumed = cut(whole, "step-0000003", tmp_path / "resumed")
-    laboratory.train("microworld_stage1", resumed.path, *SETTINGS, "logger=wandb")
     segments = sorted((resumed.path / "wandb").glob("offline-run-*"))
-    assert len(segments) == 2 and all(
-        path.name.endswith(resumed.wandb_id_path.read_text().strip()) for path in segments
-    )
+    own_id = resumed.wandb_id_path.read_text().strip()
+    assert len(segments) == 2 and all(path.name.endswith(own_id) for path in segments)
     same(wandb_rows(segments[-1]), resumed, rel=1e-12)
-    again = laboratory.train("microworld_stage1", tmp_path / "other", "trainer.max_steps=1", "logger=wandb").run
-    assert again.wandb_id_path.read_text() != whole.wandb_id_path.read_text(), "another run of the same process"
+
+
+def test_a_new_run_is_new_to_wandb_even_in_the_folder_of_one_that_never_got_far(tmp_path: Path) -> None:
+    ids = []
+    for step in (0, 0, 3, 3):
+        logger = WandbRunLogger(str(tmp_path), resume_step=step)
+        ids.append(logger._claim_id())
+    assert ids[0] != ids[1] == ids[2] == ids[3] and len(ids[0]) == 8
 
 
 def test_the_table_beside_the_jsonl_is_always_there(stage1_run: RunDir) -> None:
@@ -100,3 +114,11 @@ def test_losses_stand_beside_their_chance_levels(stage1_run: RunDir, stage2_run:
         assert {f"train/{key.removeprefix('chance/')}": row[key] for key in row if "chance/" in key} == levels
     assert first["chance/itc_loss"] == pytest.approx(math.log(8)) and first["chance/itc_i2t_accuracy"] == 1 / 8
     assert {"train/itc_i2t_accuracy", "train/itc_t2i_accuracy", "train/itc_temperature"} <= first.keys()
+
+
+def test_loggers_are_shown_the_config_without_keys_to_storage(laboratory, tmp_path: Path) -> None:
+    dataset = "data.datasets.microworld"
+    config = laboratory.compose("microworld_stage1", tmp_path, f"++{dataset}.storage_options={{token: 4711}}")
+    shown = shown_settings(config)
+    assert shown["optim"]["lr"] == config.optim.lr and shown["data"]["datasets"]["microworld"]["urls"]
+    assert "4711" not in json.dumps(shown) and "4711" in str(config)
