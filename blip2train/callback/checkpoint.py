@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from blip2train import distributed
@@ -28,6 +27,7 @@ from blip2train.checkpoint.io import TRAINER_STATE, disk_error, save_weights
 from blip2train.checkpoint.publish import clear_leftovers, delete, partial_of, publish
 from blip2train.errors import Blip2TrainError, CheckpointError, ConfigError
 from blip2train.model.freezing import count_parameters
+from blip2train.peers import Agreement
 from blip2train.run_dir import RunDir, free_bytes
 from blip2train.strategy.whole import whole_state_dict
 
@@ -50,7 +50,6 @@ class CheckpointCallback(pl.Callback):
         trainer_state: also save what resuming needs (optimizer, schedule, data position).
         retry_steps: optimizer steps after which a checkpoint that could not be written is tried again.
         final_wait_minutes: how long the end of training waits for a disk that cannot take the last checkpoint.
-        agree_every_steps: optimizer steps between two looks at rank 0's clock.
         metadata: facts stored in each checkpoint besides the step (stage, name).
         resumed: the checkpoint that this run goes on from.
         settle: called on the main rank once every rank has read that one, before the first step.
@@ -68,7 +67,6 @@ class CheckpointCallback(pl.Callback):
         trainer_state: bool = True,
         retry_steps: int = 100,
         final_wait_minutes: float = 2.0,
-        agree_every_steps: int = 10,
         metadata: Mapping[str, Any] | None = None,
         resumed: Path | None = None,
         settle: Callable[[], None] | None = None,
@@ -77,12 +75,12 @@ class CheckpointCallback(pl.Callback):
         self.best_metric, self.best_mode = best_metric, best_mode
         self.trainer_state, self.metadata = trainer_state, dict(metadata or {})
         self.retry_steps, self.final_wait_minutes = retry_steps, final_wait_minutes
-        self.agree_every_steps, self._resumed, self._settle = agree_every_steps, resumed, settle
+        self._resumed, self._settle = resumed, settle
         check_settings(self)
         self._file = TrainerStateFile()
         self._tried_step = self._saved_step = -1
         self._retry_at: int | None = None
-        self._last_time = time.monotonic()
+        self._last_time, self._said_late = time.monotonic(), False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = self._file
@@ -110,13 +108,25 @@ class CheckpointCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         distributed.barrier()  # every rank has read what it goes on from
-        if distributed.is_main():
-            if self._settle is not None:
-                self._settle()
-            clear_leftovers(self.run.checkpoints)
+        error = self._settle_on_main()
+        error = distributed.gather_objects([error])[0]
+        if error is not None:
+            raise error
         if self._resumed is not None:
             self._saved_step = trainer.global_step
+        self._clock = Agreement("checkpoint")
         self._last_time = time.monotonic()
+
+    def _settle_on_main(self) -> Blip2TrainError | None:
+        if not distributed.is_main():
+            return None
+        clear_leftovers(self.run.checkpoints)
+        try:
+            if self._settle is not None:
+                self._settle()
+        except Blip2TrainError as error:
+            return error
+        return None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,13 +134,13 @@ class CheckpointCallback(pl.Callback):
         step = trainer.global_step
         if not step or step in (self._saved_step, self._tried_step) or between_micro_batches(trainer):
             return  # between two micro-batches the gradient so far is not part of any checkpoint
-        if not self._is_due(step, pl_module.device):
+        if not self._is_due(step):
             return
         error = self._save(trainer)
-        self._last_time, self._retry_at = time.monotonic(), None
+        self._last_time, self._said_late, self._retry_at = time.monotonic(), False, None
         if error is not None:
             self._retry_at = step + self.retry_steps
-            log.error("%s\n  training goes on; step %d tries again", error, self._retry_at)
+            self._say("%s\n  training goes on; step %d tries again", error, self._retry_at)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self._saved_step:
@@ -139,21 +149,22 @@ class CheckpointCallback(pl.Callback):
         for seconds in waits(self.final_wait_minutes * 60):
             if error is None:
                 return
-            log.error("%s\n  this was the last step; trying again in %.0f s", error, seconds)
+            self._say("%s\n  this was the last step; trying again in %.0f s", error, seconds)
             time.sleep(seconds)
             error = self._save(trainer)
         if error is not None:
             raise error
 
-    def _is_due(self, step: int, device: torch.device) -> bool:
-        if (self.every_steps and step % self.every_steps == 0) or (
-            self._retry_at is not None and step >= self._retry_at
-        ):
-            return True
-        if self.every_minutes is None or step % self.agree_every_steps:
-            return False
-        late = distributed.is_main() and time.monotonic() - self._last_time >= self.every_minutes * 60
-        return bool(distributed.reduce_sum(torch.tensor(float(late), device=device)))
+    def _is_due(self, step: int) -> bool:
+        by_clock = self.every_minutes is not None and self._clock_says_so(self.every_minutes)
+        by_steps = self.every_steps > 0 and step % self.every_steps == 0
+        return by_clock or by_steps or (self._retry_at is not None and step >= self._retry_at)
+
+    def _clock_says_so(self, minutes: float) -> bool:
+        late = distributed.is_main() and time.monotonic() - self._last_time >= minutes * 60
+        says_it_now = late and not self._said_late  # once: the other ranks hear of it a step later
+        self._said_late = late
+        return bool(self._clock.say(int(says_it_now)))
 
     def _save(self, trainer: pl.Trainer) -> Blip2TrainError | None:
         """Write a checkpoint of this step, on all ranks; what the main one could not write, all of them know."""
@@ -164,9 +175,10 @@ class CheckpointCallback(pl.Callback):
         if self.trainer_state:
             trainer.save_checkpoint(partial_of(final) / TRAINER_STATE, weights_only=False)
         weights = whole_state_dict(trainer)
-        facts = {"step": step, "samples": getattr(trainer.datamodule, "num_samples_consumed", None), **self.metadata}
-        error = self._write(final, weights, facts) if distributed.is_main() else None
-        error = distributed.gather_objects([error])[0]
+        samples = getattr(getattr(trainer, "datamodule", None), "num_samples_consumed", None)
+        facts = {"step": step, "samples": samples, **self.metadata}
+        own = self._write(final, weights, facts) if distributed.is_main() else None
+        error: Blip2TrainError | None = distributed.gather_objects([own])[0]
         if error is None:
             self._saved_step = step
         return error
@@ -187,6 +199,10 @@ class CheckpointCallback(pl.Callback):
             shutil.rmtree(partial_of(final), ignore_errors=True)
         self._prune()
         return None
+
+    def _say(self, message: str, *facts: object) -> None:
+        if distributed.is_main():
+            log.error(message, *facts)
 
     def _metric(self) -> dict[str, Any] | None:
         if self.best_metric is None:

@@ -176,7 +176,6 @@ def _build_trainer(
         CheckpointCallback(
             run,
             metadata={"stage": stage, "name": config.name},
-            agree_every_steps=config.log_every_steps,
             resumed=point.checkpoint if point else None,
             settle=point.settle if point else None,
             **config.checkpoint,
