@@ -12,6 +12,7 @@ import sys
 
 VERBS = {
     "quickstart": "everything on the embedded micro-world: data, both stages, evaluation, report",
+    "doctor": "before a long run: machine, data, weights, disk and one step of it:  doctor [as for train]",
     "train": "train stage 1 or stage 2:  train experiment=microworld_stage1",
     "evaluate": "evaluate a run's checkpoint:  evaluate run=outputs/... benchmark=microworld_vqa",
     "report": "one HTML page from run folders:  report 'runs=[outputs/a,outputs/b]'",

@@ -10,7 +10,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "blip2train"
 DOORS = {
     "hydra": ("cli/",),
     "omegaconf": ("cli/",),
-    "torch.distributed": ("distributed.py", "peers.py", "model/sharding.py"),
+    "torch.distributed": (
+        *("distributed.py", "peers.py", "model/sharding.py"),
+        *("cli/doctor/launch.py", "cli/doctor/ring.py"),
+    ),
     "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
     "fsspec": ("data/remote.py",),
     "aiohttp": ("data/remote.py",),
@@ -21,7 +24,11 @@ DOORS = {
         *("checkpoint/huggingface", "microworld/", "cli/quickstart.py"),
         *("capfilt/captioner_transformers.py", "capfilt/ranker_transformers.py"),
     ),
-    "pytorch_lightning": ("stage/", "data/datamodule.py", "callback/", "strategy/", "cli/train.py", "cli/quickstart.py"),
+    "pytorch_lightning": (
+        *("stage/", "data/datamodule.py", "callback/", "strategy/"),
+        *("cli/train.py", "cli/quickstart.py", "cli/doctor/launch.py"),
+    ),
+    "huggingface_hub": ("cli/doctor/hub.py", "checkpoint/huggingface_config.py"),
     "pycocoevalcap": ("metric/caption.py",),
     "matplotlib": ("report/curve.py", "cli/show.py"),
     "jinja2": ("report/page.py",),
