@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, open_dict
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from two_ranks import on_two_ranks
 
@@ -13,8 +14,10 @@ from blip2train.cli.config import build, compose
 from blip2train.cli.dry_step import GRADIENTS, StepMemory, run_step
 from blip2train.cli.estimate import estimate, full_batch, loss_of, read_sharing
 from blip2train.cli.meta import build_meta, without_weights
+from blip2train.distributed import rank
 from blip2train.errors import ConfigError
 from blip2train.model.memory import gradient_bytes, parse_precision
+from blip2train.objective import matching
 
 SMALL = ("data.batch_size=8", "expected_global_batch=null", "run_dir=x")
 
@@ -46,16 +49,16 @@ def run_for_real(config: DictConfig) -> StepMemory:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "precision"),
+    ("experiment", "precision", "more"),
     [
-        ("microworld_stage1", "32-true"),
-        ("microworld_stage1", "bf16-mixed"),
-        ("microworld_stage2_opt", "32-true"),
-        ("microworld_stage2_t5", "bf16-mixed"),
+        ("microworld_stage1", "32-true", ()),
+        ("microworld_stage1", "bf16-mixed", ("stage.micro_batch_size=3",)),
+        ("microworld_stage2_opt", "32-true", ()),
+        ("microworld_stage2_t5", "bf16-mixed", ()),
     ],
 )
-def test_a_step_takes_what_the_allocator_says(experiment: str, precision: str) -> None:
-    config = small(experiment, f"trainer.precision={precision}")
+def test_a_step_takes_what_the_allocator_says(experiment: str, precision: str, more: tuple[str, ...]) -> None:
+    config = small(experiment, f"trainer.precision={precision}", *more)
     step = estimate(config, accelerator=False).step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
         run_for_real(config)
@@ -69,14 +72,21 @@ def test_a_step_takes_what_the_allocator_says(experiment: str, precision: str) -
     assert sum(step.kept.values()) == pytest.approx(held - weights, rel=0.02)
 
 
-def _kept_on_rank(_: int, overrides: tuple[str, ...]) -> dict[str, dict[str, int]]:
-    step = run_for_real(small("microworld_stage1", *overrides))
+def _kept_on_rank(_: int) -> dict[str, dict[str, int]]:
+    """With as many images fetched from the other rank as there can be."""
+
+    def other_ranks(similarity: Tensor, *_: object) -> Tensor:
+        return (torch.arange(8) + 8 * (1 - rank())) % similarity.shape[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "sample_hard_negatives", other_ranks)
+        step = run_for_real(small("microworld_stage1"))
     return {"kept": dict(step.kept), "peak": dict(step.peak)}
 
 
 @pytest.mark.slow
 def test_pretended_ranks_take_the_memory_of_real_ones(tmp_path: Path) -> None:
-    real, _ = on_two_ranks(_kept_on_rank, tmp_path, ())
+    real, _ = on_two_ranks(_kept_on_rank, tmp_path)
     pretended = estimate(small("microworld_stage1", "trainer.devices=2"), accelerator=False).step
     alone = estimate(small("microworld_stage1"), accelerator=False).step
     assert pretended.kept == pytest.approx(real["kept"], rel=0.001)
@@ -89,10 +99,12 @@ def test_a_gpu_keeps_less_than_the_cpu() -> None:
     assert sum(fused.step.kept.values()) < sum(plain.step.kept.values())
 
 
-def test_checkpointing_keeps_less_and_changes_nothing_else() -> None:
+def test_checkpointing_and_micro_batches_keep_less_and_change_nothing_else() -> None:
     plain = estimate(small("microworld_stage1"))
     saving = estimate(small("microworld_stage1", "model.qformer.checkpoint_activations=true"))
     assert saving.fixed == plain.fixed and saving.step.kept["itm"] < 0.6 * plain.step.kept["itm"]
+    chunks = estimate(small("microworld_stage1", "stage.micro_batch_size=2"))
+    assert chunks.fixed == plain.fixed and sum(chunks.step.peak.values()) < 0.6 * sum(plain.step.peak.values())
 
 
 def test_gradients_stay_where_they_are_accumulated_and_leave_where_they_are_sharded() -> None:
