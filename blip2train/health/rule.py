@@ -184,7 +184,8 @@ def learning_rate_stands(rates: Sequence[tuple[int, float]], scheduled: Sequence
     values = [rate for _, rate in rates[-PATIENCE:]]
     look = "optim.lr, optim.schedule, and the run's trainer.max_steps"
     if max(values) == 0.0:
-        return Finding("learning_rate_zero", "the learning rate is 0", "the schedule is at its end already", look)
+        likely = "the schedule is at its end already, or something sets the rate after it"
+        return Finding("learning_rate_zero", "the learning rate is 0", likely, look)
     if len(set(values)) == 1 and len(set(scheduled[-PATIENCE:])) > 1:
         first, last = rates[-PATIENCE][0], rates[-1][0]
         return Finding(
