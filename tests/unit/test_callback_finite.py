@@ -231,41 +231,55 @@ def test_a_scale_that_never_fits_is_said_and_then_counted(tmp_path: Path) -> Non
     assert causes == [(10, "loss_scaling"), (16, "step_left_out"), (17, "step_left_out"), (18, "stopped")]
 
 
-def two_rank_run(rank: int, folder: str, case: str) -> dict[str, Any]:
-    run, weights = Path(folder), Weights()
+CASES = ("batch", "loss", "weight")
 
+
+def two_rank_runs(rank: int, folder: str) -> list[dict[str, Any]]:
+    return [two_rank_run(rank, Path(folder) / case, case) for case in CASES]
+
+
+def two_rank_run(rank: int, run: Path, case: str) -> dict[str, Any]:
     def poison(module: TinyModule, index: int) -> None:
         if case == "weight" and index == 2 and rank == 1:
             with torch.no_grad():
                 module.model.hidden.weight[0, 0] = torch.nan
 
+    weights, finite, error = Weights(), guard(run), ""
     spoil = nan_at(2, rank=1) if case == "batch" else nan_at()
-    # what cannot be reached by any gradient: the loss of one rank alone is bad
+    # of "loss" no gradient tells: one rank adds a constant that is not finite
     loss = lambda loss, index: loss + (torch.nan if case == "loss" and index == 2 and rank == 1 else 0.0)  # noqa: E731
-    finite, error = guard(run), ""
-    changes = {"strategy": "ddp", "devices": 1, "num_nodes": 2}
     try:
-        fit(TinyModule(poison, spoil, clip_loss=loss), [finite, weights], max_steps=5, **changes)
+        fit(TinyModule(poison, spoil, clip_loss=loss), [finite, weights], max_steps=5, strategy="ddp", num_nodes=2)
     except NonFiniteError as stopped:
         error = f"{stopped.found} {stopped.where}"
     return {"after": weights.after, "skipped": finite.progress()["skipped_steps"], "error": error}
 
 
-@pytest.mark.parametrize("case", ["batch", "loss", "weight"])
-def test_what_goes_wrong_on_one_rank_is_left_out_on_both(tmp_path: Path, case: str) -> None:
-    (tmp_path / "ranks").mkdir()
-    zero, one = on_two_ranks(two_rank_run, tmp_path / "ranks", str(tmp_path), case)
-    assert zero["skipped"] == one["skipped"] == 1
-    assert zero["after"].keys() == one["after"].keys()
-    report = report_of(tmp_path, 3)
-    if case == "weight":
-        assert "weights are not finite (hidden.weight)" in zero["error"] and zero["error"] == one["error"]
-        assert "hidden (Linear) gave NaN on rank 1, its weight is not finite" in report["found"]
-        return
-    assert not zero["error"] and max(zero["after"]) == 5
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """Folder of the runs, and what each rank says of each case."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    (folder / "ranks").mkdir()
+    said = on_two_ranks(two_rank_runs, folder / "ranks", str(folder))
+    return folder, {case: [of_rank[place] for of_rank in said] for place, case in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("case", ["batch", "loss"])
+def test_what_goes_wrong_on_one_rank_is_left_out_on_both(two_ranks: Any, case: str) -> None:
+    folder, (zero, one) = two_ranks[0] / case, two_ranks[1][case]
+    assert not zero["error"] and zero["skipped"] == one["skipped"] == 1
+    assert max(zero["after"]) == max(one["after"]) == 5
     assert all(torch.equal(zero["after"][step], one["after"][step]) for step in range(1, 6))
     assert torch.equal(zero["after"][3], zero["after"][2]) and not torch.equal(zero["after"][4], zero["after"][3])
     assert torch.isfinite(zero["after"][5]).all()
+    report = report_of(folder, 3)
     assert [facts["loss_finite"] for facts in report["ranks"]] == [True, False]
-    assert [path.name for path in (tmp_path / "bad_steps" / "step-0000003").glob("*.pt")] == ["batch-rank1.pt"]
+    assert [path.name for path in (folder / "bad_steps" / "step-0000003").glob("*.pt")] == ["batch-rank1.pt"]
     assert report["ranks"][1]["keys"] == ["2-0", "2-1", "2-2", "2-3"]
+
+
+def test_a_broken_weight_of_one_rank_ends_all_ranks(two_ranks: Any) -> None:
+    folder, (zero, one) = two_ranks[0] / "weight", two_ranks[1]["weight"]
+    assert "weights are not finite (hidden.weight)" in zero["error"] and zero["error"] == one["error"]
+    assert max(zero["after"]) == max(one["after"]) == 2
+    assert "hidden (Linear) gave NaN on rank 1, its weight is not finite" in report_of(folder, 3)["found"]
