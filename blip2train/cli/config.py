@@ -40,9 +40,20 @@ def config_dir() -> Path:
 
 
 def run_id() -> str:
-    """One name per run, the same in every process of it: scheduler's job id or the time, kept in the environment."""
+    """One name per run, the same in every process of it: scheduler's job id or the time, kept in the environment.
+
+    Raises:
+        ConfigError: torchrun started several processes and gave them no name in common.
+    """
     known = (os.environ.get(name) for name in ("BLIP2TRAIN_RUN_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
-    chosen = next((name for name in known if name and name != "none"), time.strftime("%Y%m%d-%H%M%S"))
+    given = next((name for name in known if name and name != "none"), None)
+    if given is None and "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "several processes of torchrun, and nothing that names their run folder",
+            where="run_dir",
+            fix="torchrun --rdzv-id=NAME (or --standalone), or run_dir=FOLDER",
+        )
+    chosen = given or time.strftime("%Y%m%d-%H%M%S")
     os.environ["BLIP2TRAIN_RUN_ID"] = chosen
     return chosen
 

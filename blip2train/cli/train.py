@@ -16,14 +16,15 @@ from omegaconf import DictConfig
 
 from blip2train.callback.stop_signal import StopSignal
 from blip2train.cli import check
-from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb
+from blip2train.cli.config import build, quiet_libraries, require_filled, resolved_yaml, run_verb, stop
 from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.features import describe_features, with_features
 from blip2train.cli.guard import Guard
 from blip2train.cli.health import build_health
+from blip2train.cli.launch import check_launcher, check_sweep
 from blip2train.cli.resume import ResumePoint, find_resume_point
 from blip2train.cli.run_log import build_loggers, build_watchers, chance_levels
-from blip2train.errors import Blip2TrainError
+from blip2train.errors import Blip2TrainError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -51,12 +52,17 @@ class TrainOutcome:
 
 
 def main() -> None:
+    try:
+        check_launcher(sys.argv[1:])
+    except ConfigError as error:
+        stop(error)
     run_verb("train", run)
 
 
 def run(config: DictConfig) -> None:
     folder = RunDir(Path(HydraConfig.get().runtime.output_dir))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
+        check_sweep(config)
         config.run_dir = str(folder.path)  # Hydra numbers a sweep's folders, and loggers write where this says
     outcome = train(config, folder)
     if outcome.exit_code:
