@@ -31,6 +31,9 @@ from urllib.parse import quote, unquote
 
 from blip2train.errors import ConfigError, DataError
 
+_AS_JSON = "backslashreplace"
+"""A lone surrogate, of a file name that is no UTF-8, becomes the escape that JSON has for it, and is read as it was."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
@@ -194,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write atomically: a reader never sees half a file."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", errors=_AS_JSON)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -220,7 +223,7 @@ def _read_appended(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), errors=_AS_JSON)
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:

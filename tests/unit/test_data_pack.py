@@ -18,7 +18,7 @@ from blip2train.data.pack import pack, pack_records
 from blip2train.data.pack_worker import PackSettings
 from blip2train.data.sample import read_eval_items
 from blip2train.data.source.base import Row
-from blip2train.data.source.folder import FolderSource
+from blip2train.data.source.folder import FolderSource, TextBesideSource
 from blip2train.data.tar_shard import TarShard
 from blip2train.errors import ConfigError, DataError
 
@@ -67,6 +67,20 @@ def test_the_shared_photographs_pack_as_they_are(shared_data: Path, tmp_path: Pa
         assert list(item.captions) == row["captions"]
         assert item.extra["image_licence"] == row["image_licence"]
         assert [question.question for question in item.questions] == [entry["question"] for entry in row["qa"]]
+
+
+def test_file_names_that_are_no_text_are_packed_or_named_like_others(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, has_text in (("\udc80", True), ("a\udcff", True), ("\udc81", False)):
+        (images / f"{name}.png").write_bytes(encode(noise(1)))
+        if has_text:
+            (images / f"{name}.txt").write_text("a cat")
+    manifest = pack(TextBesideSource(images), tmp_path / "out", PLAIN)
+    assert sorted(item.key for item in items(tmp_path / "out")) == ["237_178_128", "a"]
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert found == json.loads(json.dumps(manifest)) and "\\udc81.png" in json.dumps(found)
+    assert pack(TextBesideSource(images), tmp_path / "out", PLAIN) == found  # finished, and known to be the same
 
 
 def test_what_is_left_out_is_counted_named_and_listed(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class TextBesideSource:
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in files_below(self._images, self._ignored):
-            digest.update(f"{path.relative_to(self._images)} {path.stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{path.relative_to(self._images)} {path.stat().st_size}\n"))
         return {"kind": "text_beside", "images": str(self._images), "sha256": digest.hexdigest()}
 
     def count(self) -> int | None:

@@ -20,6 +20,7 @@ LAVIS has its own download scripts, and reads LAION's tars as they are.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -69,7 +70,8 @@ class Img2DatasetSource:
         digest = hashlib.sha256()
         for part in self._parts:
             size = part.stat().st_size if part.is_file() else part.with_suffix(".parquet").stat().st_size
-            digest.update(f"{part.relative_to(self._folder)} {size} {self._stats[part].get('successes')}\n".encode())
+            num_records = self._stats[part].get("successes")
+            digest.update(os.fsencode(f"{part.relative_to(self._folder)} {size} {num_records}\n"))
         return {"kind": self._kind, "folder": str(self._folder), "sha256": digest.hexdigest()}
 
     def count(self) -> int | None:
