@@ -15,8 +15,8 @@ DOORS = {
         *("cli/doctor/launch.py", "cli/doctor/ring.py"),
     ),
     "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
-    "fsspec": ("data/remote.py",),
-    "aiohttp": ("data/remote.py",),
+    "fsspec": ("data/transfer.py",),
+    "aiohttp": ("data/transfer.py",),
     "pyarrow": ("data/source/table.py",),
     "timm": ("model/vision_encoder/", "microworld/"),
     "transformers": (
