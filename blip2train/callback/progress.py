@@ -12,7 +12,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 from blip2train import distributed
 from blip2train.callback.clock import format_seconds
@@ -36,31 +45,32 @@ class ProgressCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = self._last_line = time.monotonic()
         self._first_step = trainer.global_step
-        self._samples = 0
         console = Console(stderr=True)
         if distributed.is_main() and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(
-                *columns, TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console
+            columns: tuple[ProgressColumn, ...]
+            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+            status = TextColumn(
+                "{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
             )
+            columns += (TextColumn("ETA"), TimeRemainingColumn(), status)
+            self._bar = Progress(*columns, console=console, expand=True)  # only the status gives way
             self._task = self._bar.add_task(self.title, total=trainer.max_steps, completed=self._first_step, status="")
             self._bar.start()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += outputs["samples"] * distributed.world_size()
-        now = time.monotonic()
+        now, step = time.monotonic(), trainer.global_step
         due = now - self._last_line >= (0.5 if self._bar else self.every_seconds)
-        if not distributed.is_main() or not (due or trainer.global_step == trainer.max_steps):
+        if not distributed.is_main() or not (due or step == trainer.max_steps):
             return
         self._last_line = now
-        step, seconds = trainer.global_step, now - self._started
-        status = f"{self._samples / seconds:.0f} samples/s  {describe_losses(self._latest())}".rstrip()
+        status = describe_entry(self._latest(), brief=self._bar is not None)
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
         else:
-            eta = (trainer.max_steps - step) * seconds / max(step - self._first_step, 1)
+            # of this start only: a resumed run knows nothing about how long its first steps took
+            eta = (trainer.max_steps - step) * (now - self._started) / max(step - self._first_step, 1)
             log.info("%s %d/%d  %s  ETA %s", self.title, step, trainer.max_steps, status, format_seconds(eta))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,13 +82,17 @@ class ProgressCallback(pl.Callback):
             self._bar.stop()
 
 
-def describe_losses(entry: Mapping[str, float]) -> str:
-    """`loss 3.91  itc 1.20 (chance 2.08)  ...`; empty where nothing was logged yet."""
-    parts = []
+def describe_entry(entry: Mapping[str, float], *, brief: bool = False) -> str:
+    """`810 samples/s  loss 3.910  itc 1.204 (chance 2.079)`, brief `810 samples/s  loss 3.91  itc 1.20/2.08`.
+
+    Empty before the first entry.
+    """
+    parts = [f"{entry['samples_per_second']:.0f} samples/s"] if "samples_per_second" in entry else []
     for key, value in entry.items():
         if key.startswith("train/") and key.endswith("loss"):
             name = key.removeprefix("train/")
             level = entry.get(f"chance/{name}")
-            chance = "" if level is None else f" (chance {level:.3f})"
-            parts.append(f"{name.removesuffix('_loss')} {value:.3f}{chance}")
+            digits = 2 if brief else 3
+            chance = "" if level is None else f"/{level:.2f}" if brief else f" (chance {level:.3f})"
+            parts.append(f"{name.removesuffix('_loss')} {value:.{digits}f}{chance}")
     return "  ".join(parts)
