@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 from pathlib import Path
@@ -13,6 +14,8 @@ from blip2train.cli.config import compose
 from blip2train.cli.train import train
 from blip2train.run_dir import RunDir
 from tests.two_ranks import on_two_ranks
+
+PATIENCE = int(os.environ.get("STRATEGY_TEST_SECONDS", "240"))
 
 
 def train_on_two_ranks(own: Path, jobs: list[list[str]]) -> list[RunDir]:
@@ -37,8 +40,10 @@ def _train_all(rank: int, port: int, jobs: list[list[str]]) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
         "BLIP2TRAIN_RUN_ID": "test",
     }  # fmt: skip
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # a rank that waits for ever says where
     for job in jobs:
         config = compose("train", job)
         outcome: Any = train(config, RunDir(Path(config.run_dir)))
         assert outcome.stopped_by is None
         torch.distributed.barrier()
+    faulthandler.cancel_dump_traceback_later()

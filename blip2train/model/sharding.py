@@ -22,8 +22,6 @@ _SCALARS = "parameters_that_were_scalars"
 def shard(root: nn.Module, mesh: DeviceMesh, *, step: str) -> None:
     """Shard `root`, in place, and everything in it; buffers stay whole.
 
-    Scalars cannot be sharded: they become vectors of one element; `scalar_names` remembers which.
-
     Args:
         root: holds the model, has been filled with its weights.
         mesh: of one dimension, all devices.
@@ -31,20 +29,28 @@ def shard(root: nn.Module, mesh: DeviceMesh, *, step: str) -> None:
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # seconds that one device need not pay
 
-    for module in root.modules():
-        scalars = {name: item for name, item in module.named_parameters(recurse=False) if item.dim() == 0}
-        for name, item in scalars.items():
-            setattr(module, name, nn.Parameter(item.detach().view(1), item.requires_grad))
-        if scalars:
-            setattr(module, _SCALARS, frozenset(scalars))
+    give_scalars_a_dimension(root)
     for unit in [*_repeated(root), *_parts(root)]:
         fully_shard(unit, mesh=mesh)
     fully_shard(root, mesh=mesh)
     register_fsdp_forward_method(root, step)
 
 
+def give_scalars_a_dimension(root: nn.Module) -> None:
+    """Make parameters without dimensions vectors of one element, in place: nothing else can be sharded.
+
+    `scalar_names` remembers which. To be called before an optimizer knows them.
+    """
+    for module in root.modules():
+        scalars = {name: item for name, item in module.named_parameters(recurse=False) if item.dim() == 0}
+        for name, item in scalars.items():
+            setattr(module, name, nn.Parameter(item.detach().view(1), item.requires_grad))
+        if scalars:
+            setattr(module, _SCALARS, frozenset(scalars))
+
+
 def scalar_names(root: nn.Module) -> frozenset[str]:
-    """Full names of the parameters that `shard` has given a dimension."""
+    """Full names of the parameters that were scalars."""
     return frozenset(
         f"{prefix}.{name}" if prefix else name
         for prefix, module in root.named_modules()

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision, Precision
 from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -24,8 +25,9 @@ from torch.optim import Optimizer
 
 from blip2train.errors import ConfigError
 from blip2train.model.freezing import checkpoint_names, checkpoint_state_dict
+from blip2train.model.sharding import give_scalars_a_dimension, scalar_names
 from blip2train.strategy.whole import WholeCheckpoint
-from blip2train.strategy.zero_state import gradient_norm, load_optimizer_state, whole_optimizer_state
+from blip2train.strategy.zero_state import gradient_norm, load_optimizer_state, make_state, whole_optimizer_state
 
 AUTOCAST = {"32-true": None, "bf16-mixed": "bfloat16"}
 """Precisions under which ZeRO computes what DDP does; 16-mixed needs a loss scaler, which no checkpoint would hold."""
@@ -110,6 +112,11 @@ class ZeroStrategy(WholeCheckpoint, DeepSpeedStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        give_scalars_a_dimension(self.lightning_module)
+        super().setup(trainer)
+
     def _format_config(self) -> None:
         assert isinstance(self.config, dict)
         self._format_batch_size_and_grad_accum_config()
@@ -138,6 +145,7 @@ class ZeroStrategy(WholeCheckpoint, DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        make_state(zero_optimizer, step=0.0)
         return engine, zero_optimizer
 
     def gradient_norm(self) -> Tensor | None:
@@ -154,16 +162,20 @@ class ZeroStrategy(WholeCheckpoint, DeepSpeedStrategy):
             return checkpoint_state_dict(model)
         import deepspeed
 
-        state = {}
+        state, scalars = {}, scalar_names(model)
         for name in checkpoint_names(model):
             parameter = model.get_parameter(name)
             with deepspeed.zero.GatheredParameters([parameter]):
-                state[name] = parameter.detach().cpu().clone()
+                whole = parameter.detach().cpu().clone()
+            state[name] = whole.reshape(()) if name in scalars else whole
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state as one process without sharding has it; complete on rank 0 alone, which writes it."""
-        return whole_optimizer_state(self.optimizers[0], self._positions)
+        module = self.lightning_module
+        assert module is not None
+        scalars = {id(module.get_parameter(name)) for name in scalar_names(module)}
+        return whole_optimizer_state(self.optimizers[0], self._positions, scalars)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         load_optimizer_state(self.optimizers[0], self._positions, checkpoint["optimizer_states"][0])

@@ -5,7 +5,7 @@ DeepSpeed's own checkpoints are a file per rank that no other strategy, and no o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from blip2train.errors import CheckpointError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def whole_optimizer_state(zero: Any, positions: Sequence[nn.Parameter]) -> dict[str, Any]:
+def whole_optimizer_state(zero: Any, positions: Sequence[nn.Parameter], scalars: Set[int]) -> dict[str, Any]:
     """What the wrapped AdamW's `state_dict()` would be without sharding.
 
     A collective; complete on rank 0, elsewhere without tensors.
@@ -25,16 +25,19 @@ def whole_optimizer_state(zero: Any, positions: Sequence[nn.Parameter]) -> dict[
     Args:
         zero: DeepSpeed's optimizer, of stage 1, 2 or 3.
         positions: all trained parameters, in the order of the optimizer's groups before sharding.
+        scalars: `id` of those that `give_scalars_a_dimension` has changed.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    steps = [entries["step"] for entries in zero.optimizer.state.values() if "step" in entries]
+    step = torch.tensor(float(next(iter(zero.optimizer.state.values()))["step"]))
     state: dict[int, dict[str, Any]] = {}
-    for position, parameter in enumerate(positions if steps else ()):
+    for position, parameter in enumerate(positions):
         moments = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         if distributed.is_main():
-            step = torch.tensor(float(steps[0]), dtype=torch.float32)
-            state[position] = {"step": step} | {key: value.cpu() for key, value in moments.items()}
+            shape = () if id(parameter) in scalars else moments[MOMENTS[0]].shape
+            state[position] = {"step": step.clone()} | {
+                key: value.cpu().reshape(shape) for key, value in moments.items()
+            }
     return {"state": state, "param_groups": _groups(zero, positions)}
 
 
@@ -56,7 +59,7 @@ def load_optimizer_state(zero: Any, positions: Sequence[nn.Parameter], saved: Ma
         group.update({key: value for key, value in before.items() if key != "params"})
     if not saved["state"]:
         return
-    _make_state(zero, step=float(next(iter(saved["state"].values()))["step"]))
+    make_state(zero, step=float(next(iter(saved["state"].values()))["step"]))
     for position, entries in saved["state"].items():
         for key in MOMENTS:
             _fill(zero, positions[position], entries[key], key)
@@ -97,15 +100,20 @@ def _stage3_members(zero: Any) -> list[list[nn.Parameter]]:
     return members
 
 
-def _make_state(zero: Any, step: float) -> None:
-    """What AdamW makes in its first step, for every partition, so that there is something to fill."""
+def make_state(zero: Any, step: float) -> None:
+    """What AdamW makes in its first step, for every partition: counter and moments, zero.
+
+    To be called before that step too: DeepSpeed looks for the state of all groups once the first has been stepped,
+    and never again.
+    """
     inner, stage3 = zero.optimizer, _flat(zero)
     flats = zero.single_partition_of_fp32_groups if stage3 is None else stage3
     on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
     for flat in flats:
-        counter = torch.tensor(step, dtype=torch.float32, device=flat.device if on_device else "cpu")
+        counter = torch.tensor(step, device=flat.device if on_device else "cpu")
         inner.state[flat] = {"step": counter} | {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
     if stage3 is None:
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
