@@ -25,7 +25,7 @@ KEPT = 5
 """Folders kept of one run: the first ones, and the latest."""
 
 _MOST_BATCHES = 8
-"""Ranks whose batches are written where none can be told to be the one at fault."""
+"""Ranks whose batches are written, at most."""
 
 _MOST_NAMES = 20
 
@@ -75,7 +75,7 @@ class BadStepRecorder:
         ranks: list[dict[str, Any]] = distributed.gather_objects([local])
         if not self._make_room(folder, last):
             return f"{_in_short(ranks)}; {KEPT} reports are kept already, this one is not"
-        guilty = [facts["rank"] for facts in ranks if facts["first_module"] or not facts["loss_finite"]]
+        guilty = [facts["rank"] for facts in _guilty(ranks)][:_MOST_BATCHES]
         if distributed.rank() in (guilty or range(_MOST_BATCHES)):
             index, batch = step.batches[place]
             path = folder / f"batch-rank{distributed.rank()}.pt"
@@ -166,7 +166,7 @@ def _report(
 
 def _in_short(ranks: list[dict[str, Any]]) -> str:
     """The first thing that went wrong in the forward pass; if nothing did, in the backward pass."""
-    for facts in ranks:
+    for facts in _guilty(ranks):
         first = facts["first_module"]
         if first:
             kind = "NaN" if first["nan"] else "infinity"
@@ -184,6 +184,13 @@ def _in_short(ranks: list[dict[str, Any]]) -> str:
     if names:
         return f": the forward pass is finite, the gradient of {names[0]} ({len(set(names))} in all) is not"
     return ": run again, the forward pass is finite"
+
+
+def _guilty(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ranks at which it began: what is not finite on one reaches the losses of the others."""
+    made = [facts for facts in ranks if facts["first_module"] and facts["first_module"]["input_finite"]]
+    passed = [facts for facts in ranks if facts["first_module"]]
+    return made or passed or [facts for facts in ranks if not facts["loss_finite"]]
 
 
 def _keys_in_short(first: dict[str, Any], keys: list[str]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from blip2train import distributed
 from blip2train.callback.bad_step import BadStepRecorder, Step
 from blip2train.callback.gradient import total_norm
+from blip2train.callback.micro_batch import between_micro_batches
 from blip2train.callback.warning_log import WarningLog
 from blip2train.errors import Blip2TrainError
 from blip2train.health.finding import Finding
@@ -98,6 +99,8 @@ class FiniteCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        if between_micro_batches(trainer):  # DeepSpeed counts them itself and is called after each
+            return
         self._over = True
         judged = self._judge(trainer, optimizer)
         step = Step(trainer.global_step + 1, judged.loss, judged.norm, self._batches, self._losses)

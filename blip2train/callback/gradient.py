@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-_norms: weakref.WeakKeyDictionary[pl.Trainer, tuple[int, Tensor | None]] = weakref.WeakKeyDictionary()
+_norms: weakref.WeakKeyDictionary[pl.Trainer, tuple[int, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def total_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor | None:
@@ -28,8 +28,10 @@ def total_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor 
     step = trainer.global_step
     known = _norms.get(trainer)
     if known is None or known[0] != step:
-        known = (step, _norm(trainer, optimizer))
-        _norms[trainer] = known
+        norm = _norm(trainer, optimizer)
+        if norm is None:  # not yet: DeepSpeed is asked after every micro-batch
+            return None
+        known = _norms[trainer] = (step, norm)
     return known[1]
 
 
