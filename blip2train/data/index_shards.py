@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from blip2train.data.remote import beside, is_remote
-from blip2train.data.shard_cache import GZIP_ENDINGS, ShardCache
+from blip2train.data.shard_cache import ShardCache
+from blip2train.data.shard_copy import is_packed
 from blip2train.data.shard_index import INDEX_NAME, ShardEntry, parse_damaged, parse_index, write_rows
 from blip2train.data.shard_reader import file_name
 from blip2train.data.shard_table import ShardTable
@@ -108,7 +109,7 @@ def scan_shard(url: str, cache: ShardCache, checksums: bool = True) -> ScannedSh
                 return ScannedShard(url, None, f"no tar: {table.damage}")
             size = file.seek(0, os.SEEK_END)
             digest = _sha256(file) if checksums else ""
-        if url.endswith(GZIP_ENDINGS):  # what was read is the uncompressed copy
+        if is_packed(url):  # what was read is the uncompressed copy
             size, digest = (0, "") if is_remote(url) else _facts(Path(url), checksums)
     except OSError as error:
         return ScannedShard(url, None, f"{type(error).__name__}: {error.strerror or error}")

@@ -11,27 +11,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import gzip
 import hashlib
 import logging
 import os
 import queue
 import threading
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from blip2train.data.file_lock import release_lock, take_lock
 from blip2train.data.remote import Remote, is_remote
+from blip2train.data.shard_copy import is_packed, is_right, list_copies, open_copy, uncompress
 from blip2train.data.shard_index import Shard
 from blip2train.errors import Blip2TrainError, ConfigError, DataError
 from blip2train.run_dir import free_bytes
 
 logger = logging.getLogger(__name__)
 
-GZIP_ENDINGS = (".tar.gz", ".tgz")
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _SPARE_BYTES = 256 << 20
@@ -101,11 +99,11 @@ class ShardCache:
         if not self._is_copied(shard.url):
             return Path(shard.url).open("rb")
         path = self._path(shard)
-        found = _open_copy(path, shard)
+        found = open_copy(path, shard)
         if found is not None:
             return found
         with self._lock(path):
-            return _open_copy(path, shard) or self._fetch(shard, path)
+            return open_copy(path, shard) or self._fetch(shard, path)
 
     def local_path(self, shard: Shard | str) -> Path:
         """Where the shard lies on this machine, fetched if need be. A copy may be removed when others need the room:
@@ -140,7 +138,7 @@ class ShardCache:
             self._asked.discard(shard.url)
 
     def _is_copied(self, url: str) -> bool:
-        return is_remote(url) or _is_packed(Shard(url, 0))
+        return is_remote(url) or is_packed(url)
 
     def _path(self, shard: Shard) -> Path:
         identity = shard.url
@@ -180,8 +178,8 @@ class ShardCache:
         try:
             if is_remote(shard.url):
                 self._download(shard, partial)
-            if _is_packed(shard):
-                _uncompress(partial if is_remote(shard.url) else Path(shard.url), plain)
+            if is_packed(shard.url):
+                uncompress(partial if is_remote(shard.url) else Path(shard.url), plain)
                 plain.replace(partial)
             self._make_room(0)
             partial.replace(path)
@@ -202,7 +200,7 @@ class ShardCache:
                 )
                 sink.truncate()
                 os.fsync(sink.fileno())
-            if _is_right(partial, shard, last):
+            if is_right(partial, shard, last):
                 return
 
     def _reserve(self, partial: Path, size: int) -> None:
@@ -219,7 +217,7 @@ class ShardCache:
     def _make_room(self, num_bytes: int) -> None:
         """Remove the copies used longest ago until the cap and the disk have room for so many bytes more."""
         with self._lock(Path("evict")):
-            files = sorted(_copies(self.folder), key=lambda found: found[2])
+            files = sorted(list_copies(self.folder), key=lambda found: found[2])
             total = sum(size for _, size, _ in files)
             for path, size, _ in files:
                 if total + num_bytes <= self.max_bytes and self._disk_has(num_bytes):
@@ -241,63 +239,6 @@ class ShardCache:
 
 def _shard(shard: Shard | str) -> Shard:
     return shard if isinstance(shard, Shard) else Shard(shard, 0)
-
-
-def _is_packed(shard: Shard) -> bool:
-    return shard.url.split("?")[0].endswith(GZIP_ENDINGS)
-
-
-def _uncompress(source: Path, target: Path) -> None:
-    with gzip.open(source) as packed, target.open("wb") as plain:
-        try:
-            while chunk := packed.read1(1 << 20):
-                plain.write(chunk)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:  # the records before the damage can be read
-            logger.warning("%s: a damaged gzip stream (%s)", source, error)
-
-
-def _open_copy(path: Path, shard: Shard) -> BinaryIO | None:
-    """An existing copy, marked as used now; None if there is none of the right size."""
-    try:
-        file = path.open("rb")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if shard.num_bytes is not None and not _is_packed(shard) and os.fstat(file.fileno()).st_size != shard.num_bytes:
-        file.close()
-        return None
-    with suppress(PermissionError):  # another user's copy
-        os.utime(file.fileno())
-    return file
-
-
-def _is_right(partial: Path, shard: Shard, last: bool) -> bool:
-    """Compare a download with its index; DataError when the second one is wrong, too."""
-    if not shard.sha256:
-        return True
-    with partial.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest == shard.sha256:
-        return True
-    if last:
-        raise DataError(
-            f"a shard whose sha256 is {digest[:12]}..., where its index says {shard.sha256[:12]}...",
-            where=shard.url,
-            fix="it was changed or damaged in its store: copy it there again, or write the index again",
-        )
-    logger.warning("%s: the sha256 is not that of the index, downloading it again", shard.url)
-    return False
-
-
-def _copies(folder: Path) -> Iterator[tuple[Path, int, int]]:
-    """(path, bytes, time of last use) of everything that a download left."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith((".tar", ".partial", ".plain")):
-                try:
-                    facts = entry.stat()
-                except FileNotFoundError:
-                    continue
-                yield Path(entry.path), facts.st_size, facts.st_mtime_ns
 
 
 def _no_folder(folder: Path, error: OSError) -> DataError:

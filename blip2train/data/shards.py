@@ -14,7 +14,8 @@ from pathlib import Path
 import webdataset as wds
 
 from blip2train.data.remote import is_remote
-from blip2train.data.shard_cache import GZIP_ENDINGS, ShardCache
+from blip2train.data.shard_cache import ShardCache
+from blip2train.data.shard_copy import GZIP_ENDINGS
 from blip2train.data.shard_count import count_shards
 from blip2train.data.shard_index import INDEX_NAME, MANIFEST_NAME, Shard, ShardEntry, write_index
 from blip2train.data.shard_reader import RawRecord, ShardReader, read_shard

@@ -122,18 +122,18 @@ def test_damage_is_said_every_time_and_an_unreadable_shard_is_in_no_index(tmp_pa
 def test_remote_shards_get_an_index_elsewhere_that_training_finds(tmp_path: Path) -> None:
     paths = write_shards(tmp_path / "s", [3, 1], index=False)
     files = {f"/{folder}/{path.name}": path.read_bytes() for folder in "de" for path in paths}
-    files["/d/s-000.tar.gz"] = gzip.compress(paths[0].read_bytes())
+    files["/d/s-000.tar.gz"] = files["/e/z.tgz?signature=x.tar"] = gzip.compress(paths[0].read_bytes())
     cache = ShardCache(tmp_path / "cache", wait_s=0.01)
     with serve(FlakyServer(files=files)) as server:
         urls = [f"{server.url}{path}" for path in files]
         with pytest.raises(ConfigError, match="out=FILE.json"):
             index_shards(urls, cache=cache)
         scanned = index_shards([*urls, f"{server.url}/d/gone.tar"], out=tmp_path / "out.json", cache=cache)
-        assert [shard.damage is None for shard in scanned] == [True] * 5 + [False]
+        assert [shard.damage is None for shard in scanned] == [True] * 6 + [False]
         opened = open_shards(urls, cache, str(tmp_path / "out.json"))
-        assert [shard.num_records for shard in opened] == [3, 1, 3, 1, 3]
+        assert [shard.num_records for shard in opened] == [3, 1, 3, 1, 3, 3]
         reader = ShardReader(opened, ShardCache(tmp_path / "other"))
-        assert [reader.record(shard, 0)["__key__"] for shard in range(5)] == [f"r{n:06d}" for n in (0, 3, 0, 3, 0)]
+        assert [reader.record(shard, 0)["__key__"] for shard in range(6)] == [f"r{n:06d}" for n in (0, 3, 0, 3, 0, 0)]
         server.faults = [503] * 9
         with pytest.raises(DataError, match="after 1 attempts|status 503|503"):
             index_shards(
