@@ -56,7 +56,7 @@ def test_unfinished_it_leaves_nothing_and_what_was_there_stays(
     assert capsys.readouterr().err == ""
 
 
-FOUND = ["a", "a/1", "v1.0/img", "x.y/z.w/k", "__a", "a/__b", "a__/b", "é/ü"]
+FOUND = ["a", "a/1", "v1.0/img", "x.y/z.w/k", "__a", "__a__", "a/__b", "a__/b", "é/ü"]
 LOST = ["", "a.b", ".a", "a/.b", "a/", "v1.0/a.b", "v1.0", "__a__/b", "a/__MACOSX/b"]
 
 
