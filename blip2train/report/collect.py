@@ -46,6 +46,7 @@ class Run:
     config: str
     steps: Sequence[Mapping[str, float]]
     evaluations: Sequence[Evaluation] = field(default_factory=list)
+    warnings: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     def curve(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of one logged quantity; steps where it is missing or not finite are left out."""
@@ -66,7 +67,7 @@ def _collect(run: RunDir, name: str) -> Run:
         numbers = {key: float(value) for key, value in metrics.items() if _finite(value)}
         evaluations.append(Evaluation(benchmark, numbers, predictions, run.eval_images(benchmark)))
     config = run.config_path.read_text(encoding="utf-8") if run.config_path.is_file() else ""
-    return Run(name, run.read_manifest(), config, run.read_metrics(), evaluations)
+    return Run(name, run.read_manifest(), config, run.read_metrics(), evaluations, run.read_warnings())
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

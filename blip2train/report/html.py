@@ -40,6 +40,7 @@ class _Counts:
     image_queries: int
 
 
+_MOST_WARNINGS = 30
 _MANY, _FEW = _Counts(12, 12, 6, 4), _Counts(4, 4, 2, 2)
 
 
@@ -88,6 +89,7 @@ def render(runs: Sequence[Run], title: str, phases: Mapping[str, float]) -> str:
         comparison=comparison(runs),
         paper=paper_rows(runs),
         curves=draw_curves(runs),
+        warned=[(run.name, run.warnings[-_MOST_WARNINGS:], len(run.warnings)) for run in runs if run.warnings],
         galleries=[gallery for gallery in galleries if gallery["examples"]],
         phases=phases,
         total=sum(phases.values()),

@@ -171,6 +171,20 @@ def test_bars_stay_within_their_track_whatever_the_number(tmp_path: Path) -> Non
     assert "-0.20" in page.text
 
 
+def test_warnings_of_a_training_are_shown_and_of_many_the_latest(tmp_path: Path) -> None:
+    run = _stage1(tmp_path / "s1")
+    assert "warnings" not in _page([run], tmp_path).ids()
+    rows = [
+        {"step": step, "cause": "x", "seen": f"seen{step}. {NASTY}", "likely": "why", "look": "where"}
+        for step in range(100, 140)
+    ]
+    write_jsonl(run.warnings_path, rows)
+    page = _page([run], tmp_path)
+    assert "warnings" in page.ids() and "#warnings" in {attributes.get("href") for _, attributes in page.found}
+    assert "the last 30 of 40" in page.text and NASTY in page.text
+    assert "seen139." in page.text and "seen110." in page.text and "seen109." not in page.text
+
+
 def test_an_empty_folder_still_gives_a_page(tmp_path: Path) -> None:
     page = _page([RunDir(tmp_path / "nothing")], tmp_path)
     assert "facts" in page.ids()
