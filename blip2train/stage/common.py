@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -30,10 +32,14 @@ class StepOutput(TypedDict):
 def seed_batch(seed: int, batch_index: int, rank: int) -> None:
     """Make all randomness of one batch a function of its index, so that a resumed run repeats it exactly.
 
-    Seeds the global generators (dropout). Hard negatives need none: `objective.draw` makes them of seed and index.
+    Seeds the global generators of torch (dropout), of Python and of numpy: no state of theirs is part of a checkpoint,
+    and a user's own part may draw from any of them. Hard negatives need none: `objective.draw` makes them of seed
+    and index.
     """
     mixed = (seed * 1_000_003 + batch_index) * 8_191 + rank
     torch.manual_seed(mixed % (2**63))
+    random.seed(mixed)
+    np.random.seed(mixed % (2**32))
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int, load: WeightLoader | None) -> nn.Module:
