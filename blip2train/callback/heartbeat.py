@@ -103,20 +103,27 @@ class Watch:
         self._last: dict[int, Heartbeat] = {}
         self._changed: dict[int, float] = {}
 
-    def look(self, now: float) -> dict[int, str]:
-        """Read all files; returns what is wrong by rank: `gone`, `stopped`, `silent`, `left` (with an error) or
-        `never started`."""
+    def look(self, now: float, *, final: bool = False) -> dict[int, str]:
+        """Read all files.
+
+        Args:
+            now: by the reader's clock, in seconds.
+            final: no other look follows: a stopped process is not given the time to go on.
+
+        Returns:
+            What is wrong by rank: `gone`, `stopped`, `silent`, `left` (with an error) or `never started`.
+        """
         wrong = {}
         for rank in range(self._world):
             found = read_heartbeat(self._folder, rank)
             if found is not None and (rank not in self._last or found.beat != self._last[rank].beat):
                 self._last[rank], self._changed[rank] = found, now
-            state = self._state(rank, now)
+            state = self._state(rank, now, final)
             if state:
                 wrong[rank] = state
         return wrong
 
-    def _state(self, rank: int, now: float) -> str:
+    def _state(self, rank: int, now: float, final: bool) -> str:
         last = self._last.get(rank)
         since = now - self._changed.setdefault(rank, now)
         if last is not None and last.left is not None:
@@ -125,12 +132,10 @@ class Watch:
             seen = process_state(last.pid)
             if seen == "gone":
                 return "gone"
-            if since > self._silent_after:
-                return "stopped" if seen == "stopped" else "silent"
-            return ""
-        if since > self._silent_after:
-            return "silent" if last is not None else "never started"
-        return ""
+            if seen == "stopped" and final:
+                return seen
+            return "" if since <= self._silent_after else "stopped" if seen == "stopped" else "silent"
+        return "" if since <= self._silent_after else "silent" if last is not None else "never started"
 
     def exit_code(self) -> int:
         """For the ranks that remain: an error that started again would only come again is passed on."""

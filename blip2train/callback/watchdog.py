@@ -72,6 +72,8 @@ class WatchdogCallback(pl.Callback):
         self._rank, self._world = trainer.global_rank, trainer.world_size
         heartbeat_path(self.run.ranks, self._rank).unlink(missing_ok=True)  # of the process before this one
         stack_path(self.run.ranks, self._rank).unlink(missing_ok=True)
+        if self._rank == 0:
+            self.run.stuck_path.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -185,7 +187,8 @@ class WatchdogCallback(pl.Callback):
             faulthandler.dump_traceback(file, all_threads=True)
         self._write()
         time.sleep(2 * self.heartbeat_seconds)
-        wrong = {rank: state for rank, state in watch.look(time.monotonic()).items() if rank != self._rank}
+        wrong = watch.look(time.monotonic(), final=True)
+        wrong.pop(self._rank, None)
         if self._rank == min(rank for rank in range(self._world) if rank not in wrong):
             self._report(watch, wrong, waited)
         else:
@@ -193,6 +196,8 @@ class WatchdogCallback(pl.Callback):
         leave_now(watch.exit_code())
 
     def _report(self, watch: Watch, wrong: dict[int, str], waited: float) -> None:
+        if self.run.stuck_path.exists():
+            return  # another rank was first, and has left since
         found = report(watch.heartbeats(), wrong, by_rank=self._rank, seconds=waited)
         try:
             write_json(self.run.stuck_path, found)
