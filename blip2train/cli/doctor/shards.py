@@ -98,8 +98,8 @@ def look_at_dataset(dataset: DictConfig, config: DictConfig, number: int) -> Sam
         ConfigError, DataError: urls that are none, missing shards, or an index that is none.
     """
     plain: Any = OmegaConf.to_container(dataset, resolve=True)
-    settings: Any = OmegaConf.to_container(config.data.cache, resolve=True) | _IMPATIENT
-    cache: ShardCache = build(settings).with_options(plain.get("storage_options") or {})
+    settings: Any = OmegaConf.to_container(config.data.cache, resolve=True)
+    cache: ShardCache = build(settings | _IMPATIENT).with_options(plain.get("storage_options") or {})
     urls = expand_urls(plain["urls"], cache)
     folders = _folders(urls, cache, plain.get("index"))
     findings = Findings()
