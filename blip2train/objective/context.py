@@ -21,7 +21,7 @@ from blip2train.batch import Stage1Batch
 from blip2train.model.autocast import full_precision
 from blip2train.model.qformer.qformer import QueryStates
 from blip2train.objective.chunk import chunk_sizes, run_in_chunks
-from blip2train.objective.draw import Draw
+from blip2train.objective.draw import Draw, pair_hash
 from blip2train.objective.mean import Mean, mean_over
 from blip2train.objective.similarity import query_text_similarity
 
@@ -175,6 +175,12 @@ class Stage1Context:
     def columns(self) -> Tensor:
         """(G,) positions of the gathered pairs."""
         return torch.arange(sum(self.sizes), device=self.own_column.device)
+
+    @cached_property
+    def pair_ids(self) -> tuple[Tensor, Tensor]:
+        """What this rank's pairs are, (B,), and all ranks', (G,): what their negatives' noise depends on."""
+        own_B = pair_hash(self.batch.image_ids, self.batch.input_ids, self.batch.attention_mask)
+        return own_B, self._gather(own_B, "pair ids")
 
     @cached_property
     def own_pair(self) -> Tensor:

@@ -1,7 +1,8 @@
-"""(seed, step, row, column) -> random numbers that no generator has to be in step for.
+"""(seed, step, pair, other pair) -> random numbers that no generator has to be in step for.
 
-Concerns no equation: the noise of the hard negatives of section 3.2. Every number is a hash of its place, so that one
-rank, N ranks and micro-batches draw the very same, on CPU and GPU. LAVIS draws from each rank's own generator.
+Concerns no equation: the noise of the hard negatives of section 3.2. Every number is a hash of what it stands for, so
+that one rank, N ranks and micro-batches draw the very same, whoever brings which pair, on CPU and GPU. LAVIS draws from
+each rank's own generator.
 """
 
 from __future__ import annotations
@@ -35,15 +36,28 @@ class Draw:
 
         Args:
             stream: a small number per purpose: streams know nothing of each other.
-            rows: int64, positions in the batch of all ranks, below 2**31.
+            rows: int64, any: what the numbers are for (`pair_hash`).
             columns: the same.
         """
-        place = _mixed(_signed(_key(self.seed, self.step, stream)) + (rows << 32) + columns)
-        return (_shifted(_mixed(place), 64 - _BITS).double() + 0.5) * 2.0**-_BITS
+        bits = _mixed(_mixed(_signed(_key(self.seed, self.step, stream)) + rows) + columns)
+        return (_shifted(bits, 64 - _BITS).double() + 0.5) * 2.0**-_BITS
 
     def gumbel(self, stream: int, rows: Tensor, columns: Tensor) -> Tensor:
         """Standard Gumbel noise between -3.7 and 36.8, float64; arguments as in `uniform`."""
         return -(-self.uniform(stream, rows, columns).log()).log()
+
+
+def pair_hash(image_ids: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What a pair is, wherever in a batch and however padded: (B,) int64 of its image and its text.
+
+    Args:
+        image_ids: (B,) int64.
+        input_ids: (B, T).
+        attention_mask: (B, T) bool.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    words_BT = _mixed((positions << 32) + input_ids) * attention_mask
+    return _mixed(_mixed(image_ids) + words_BT.sum(dim=1))
 
 
 def _key(*numbers: int) -> int:

@@ -3,7 +3,7 @@
 Section 3.2 of the paper, Image-Text Matching, with hard negatives as in ALBEF (arXiv 2107.07651). LAVIS draws them in a
 Python loop with 2B device syncs and overwrites the similarities it draws from; a row without any allowed negative
 (batch of one, or one image only) takes its own pair as negative or crashes. Here such rows are left out and counted.
-The draws depend on seed, step and place in the batch of all ranks alone: N ranks draw what one would.
+The draws depend on seed, step and the pairs themselves: N ranks draw what one would, whoever has which pair.
 """
 
 from __future__ import annotations
@@ -105,13 +105,14 @@ class MatchingObjective:
         similarity_BG = context.similarity_t2i if side == _IMAGE else context.similarity_i2t
         if self.hard_share == 1.0:
             return similarity_BG
-        rows_B = context.own_column
-        hard_B = context.draw.uniform(side + _IS_HARD, rows_B, torch.zeros_like(rows_B)) < self.hard_share
+        own_B, _ = context.pair_ids
+        hard_B = context.draw.uniform(side + _IS_HARD, own_B, torch.zeros_like(own_B)) < self.hard_share
         return torch.where(hard_B[:, None], similarity_BG, 0.0)
 
 
 def _noise(context: Stage1Context, side: int) -> Tensor:
-    return context.draw.gumbel(side, context.own_column[:, None], context.columns[None, :])
+    own_B, all_G = context.pair_ids
+    return context.draw.gumbel(side, own_B[:, None], all_G[None, :])
 
 
 def matching_labels(negative_image: Tensor, negative_text: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def test_only_what_a_loss_needs_is_gathered(monkeypatch: pytest.MonkeyPatch) -> 
     _calls(ITC)
     assert sorted(gathered) == ["image features", "image ids", "text features"]
     _calls(EVEN_ITM)
-    assert sorted(gathered[3:]) == ["image ids", "text"]
+    assert sorted(gathered[3:]) == ["image ids", "pair ids", "text"]
 
 
 def test_the_order_of_the_losses_changes_no_gradient() -> None:

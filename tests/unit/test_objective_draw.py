@@ -1,10 +1,10 @@
-"""The numbers are a function of their place alone, evenly spread, and know nothing of each other."""
+"""The numbers are a function of what they stand for, evenly spread, and know nothing of each other."""
 
 import math
 
 import torch
 
-from blip2train.objective.draw import Draw
+from blip2train.objective.draw import Draw, pair_hash
 
 
 def grid(draw: Draw, rows: int, columns: int, stream: int = 0) -> torch.Tensor:
@@ -19,16 +19,20 @@ def splitmix64(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def test_numbers_are_the_published_hash_of_their_place() -> None:
+def test_numbers_are_the_published_hash_of_row_and_column() -> None:
     def mixed_key(*numbers: int) -> int:
         key = 0
         for number in numbers:
             key = splitmix64((key + 0x9E3779B97F4A7C15 * (number + 1)) % 2**64)
         return key
 
-    for seed, step, stream, row, column in [(0, 0, 0, 0, 0), (42, 7, 3, 1679, 5), (2**31, 10**6, 1, 0, 2**31 - 1)]:
-        place = (mixed_key(seed, step, stream) + (row << 32) + column) % 2**64
-        expected = ((splitmix64(splitmix64(place)) >> 12) + 0.5) / 2**52
+    for seed, step, stream, row, column in [
+        (0, 0, 0, 0, 0),
+        (42, 7, 3, 1679, 5),
+        (2**31, 10**6, 1, 2**63 - 1, -(2**63)),
+    ]:
+        of_row = splitmix64((mixed_key(seed, step, stream) + row) % 2**64)
+        expected = ((splitmix64((of_row + column) % 2**64) >> 12) + 0.5) / 2**52
         assert float(Draw(seed, step).uniform(stream, torch.tensor(row), torch.tensor(column))) == expected
 
 
@@ -64,3 +68,16 @@ def test_no_number_is_zero_or_one_and_its_noise_is_finite() -> None:
     smallest, largest = 0.5 * 2.0**-52, (2.0**52 - 0.5) * 2.0**-52
     assert smallest > 0 and largest < 1  # of the only 2**52 values
     assert math.isfinite(-math.log(-math.log(smallest))) and math.isfinite(-math.log(-math.log(largest)))
+
+
+def test_a_pair_is_its_image_and_its_words_in_order_whatever_the_padding() -> None:
+    ids = torch.tensor([[2, 5, 6, 0], [2, 6, 5, 0], [2, 5, 6, 0], [2, 5, 6, 0], [2, 5, 6, 9]])
+    mask = torch.tensor([[True, True, True, False]] * 3 + [[True] * 4, [True, True, True, False]])
+    images = torch.tensor([1, 1, 2, 1, 1])
+    found = pair_hash(images, ids, mask)
+    assert len(set(found[:4].tolist())) == 4
+    assert found[4] == found[0], "what the mask hides does not count"
+    wider = pair_hash(images, torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(mask, (0, 3)))
+    assert torch.equal(wider, found)
+    order = torch.tensor([3, 1, 0, 4, 2])
+    assert torch.equal(pair_hash(images[order], ids[order], mask[order]), found[order])

@@ -1,11 +1,9 @@
 """Several gloo processes, averaged as DDP does, against one process with the whole batch: float64, every parameter.
 
-Ranks bring different numbers of pairs and of tokens, and draw their negatives as in training.
+Ranks bring different numbers of pairs and of tokens, in another order, and draw their negatives as in training.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,9 @@ from blip2train.objective.similarity import query_text_similarity
 
 LENGTHS = [5, 3, 4, 7, 2, 3]
 IMAGE_IDS = [0, 1, 2, 1, 3, 1]  # image 1 lives on both ranks
-SHARES = {2: [4, 2], 3: [3, 1, 2]}
-"""Pairs of each rank, by the number of ranks."""
+SHARES = {2: [[4, 1, 2, 5], [0, 3]], 3: [[4, 1, 2], [5], [0, 3]]}
+"""Rows of the whole batch that each rank brings, by the number of ranks."""
+ORDER = [4, 1, 2, 5, 0, 3]
 ATOL = 1e-10
 
 
@@ -76,17 +75,15 @@ def whole_batch(model: str) -> Stage1Batch:
     return Stage1Batch(random_images(6), *random_text(LENGTHS), torch.tensor(IMAGE_IDS), [str(row) for row in range(6)])
 
 
-def share(batch: Stage1Batch, rank: int, sizes: Sequence[int]) -> Stage1Batch:
+def share(batch: Stage1Batch, rows: list[int]) -> Stage1Batch:
     """A rank's rows, with texts as long as its longest."""
-    end = list(accumulate(sizes))[rank]
-    rows = slice(end - sizes[rank], end)
-    longest = max(LENGTHS[rows])
+    longest = max(LENGTHS[row] for row in rows)
     return Stage1Batch(
-        pixel_values=batch.pixel_values[rows],
+        pixel_values=batch.images[rows],
         input_ids=batch.input_ids[rows, :longest],
         attention_mask=batch.attention_mask[rows, :longest],
         image_ids=batch.image_ids[rows],
-        keys=batch.keys[rows],
+        keys=[batch.keys[row] for row in rows],
     )
 
 
@@ -125,24 +122,22 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def stage2_step(name: str, rows: slice) -> dict[str, Any]:
+def stage2_step(name: str, rows: list[int]) -> dict[str, Any]:
     torch.manual_seed(0)
     model = tiny_stage2(STAGE2[name]({"opt": OPT, "t5": T5}[name])).double().eval()
     batch = stage2_batch([3, 1, 2, 2, 1, 3], LENGTHS)
-    fields = ("pixel_values", "prompt_ids", "prompt_mask", "target_ids", "target_mask", "keys")
-    output = LanguageModelingObjective()(model(Stage2Batch(*(getattr(batch, field)[rows] for field in fields))))
+    tensors = (batch.images, batch.prompt_ids, batch.prompt_mask, batch.target_ids, batch.target_mask)
+    part = Stage2Batch(*(tensor[rows] for tensor in tensors), [batch.keys[row] for row in rows])
+    output = LanguageModelingObjective()(model(part))
     output.loss.backward()
     values = {"lm": output.loss.item(), "accuracy": float(output.metrics["lm_token_accuracy"])}
     return {"values": values, "gradients": gradients(model)}
 
 
-def rows_of(rank: int, sizes: Sequence[int]) -> slice:
-    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-
-
-def run_rank(rank: int, cases: dict[str, Case], sizes: Sequence[int]) -> dict[str, Any]:
-    found = {name: step(case, share(whole_batch(case.model), rank, sizes)) for name, case in cases.items()}
-    return found | {name: stage2_step(name, rows_of(rank, sizes)) for name in STAGE2}
+def run_rank(rank: int, cases: dict[str, Case], shares: list[list[int]]) -> dict[str, Any]:
+    rows = shares[rank]
+    found = {name: step(case, share(whole_batch(case.model), rows)) for name, case in cases.items()}
+    return found | {name: stage2_step(name, rows) for name in STAGE2}
 
 
 @pytest.fixture(scope="module")
@@ -171,18 +166,19 @@ def test_ranks_draw_the_negatives_of_one_process_and_never_the_same_image(
 ) -> None:
     case = CASES[name]
     drawn = torch.cat([rank[name]["negatives"] for rank in ranks], dim=1)
-    assert torch.equal(drawn, step(case, whole_batch(case.model))["negatives"])
+    order = torch.tensor(ORDER)
+    assert torch.equal(order[drawn], step(case, whole_batch(case.model))["negatives"][:, order])
     for columns in drawn.tolist():
         for row, column in enumerate(columns):
             assert row != column
-            assert not case.multi_positive or IMAGE_IDS[row] != IMAGE_IDS[column]
+            assert not case.multi_positive or IMAGE_IDS[ORDER[row]] != IMAGE_IDS[ORDER[column]]
     assert any((row < 4) != (column < 4) for columns in drawn.tolist() for row, column in enumerate(columns))
     assert [rank[name]["own_column"] for rank in ranks] == [[0, 1, 2, 3], [4, 5]]
 
 
 @pytest.mark.parametrize("name", STAGE2)
 def test_mean_of_uneven_ranks_is_one_process_in_stage_2_too(ranks: list[dict[str, Any]], name: str) -> None:
-    assert_mean_of_ranks([rank[name] for rank in ranks], stage2_step(name, slice(None)))
+    assert_mean_of_ranks([rank[name] for rank in ranks], stage2_step(name, [0, 1, 2, 3, 4, 5]))
 
 
 def test_three_ranks_are_one_process_too(tmp_path: Path) -> None:
@@ -192,7 +188,9 @@ def test_three_ranks_are_one_process_too(tmp_path: Path) -> None:
         assert_mean_of_ranks([rank[name] for rank in ranks], step(CASES[name], whole_batch(CASES[name].model)))
 
 
-def naive_lavis(sizes: Sequence[int], negatives: Tensor) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def naive_lavis(
+    shares: list[list[int]], negatives: dict[int, tuple[int, int]]
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """LAVIS's step in one process that plays every rank: other sides' features are constants, means are a rank's."""
     model, batch = build("real"), whole_batch("real")
     tokens = model.image_tokens(batch.images)
@@ -201,14 +199,12 @@ def naive_lavis(sizes: Sequence[int], negatives: Tensor) -> tuple[list[dict[str,
     ids, mask, targets = generation_inputs(batch.input_ids, batch.attention_mask, 4)
     words = model.generation_logits(ids, mask, query)
     losses = []
-    for rank in range(len(sizes)):
-        rows = rows_of(rank, sizes)
+    for rows in shares:
         own = torch.eye(6, dtype=torch.bool)[rows]
         towards = query_text_similarity(images[rows], texts.detach()) / model.temperature
         back = query_text_similarity(images.detach(), texts[rows]).T / model.temperature
-        pairs = [(row, row, 1) for row in range(6)[rows]]
-        pairs += [(int(negatives[0, row]), row, 0) for row in range(6)[rows]]
-        pairs += [(row, int(negatives[1, row]), 0) for row in range(6)[rows]]
+        pairs = [(row, row, 1) for row in rows]
+        pairs += [(negatives[row][0], row, 0) for row in rows] + [(row, negatives[row][1], 0) for row in rows]
         scores = [
             model.matching_logits(
                 tokens[image : image + 1], batch.input_ids[text, None], batch.attention_mask[text, None]
@@ -222,13 +218,15 @@ def naive_lavis(sizes: Sequence[int], negatives: Tensor) -> tuple[list[dict[str,
                 "itg": next_token_loss(words[rows], targets[rows], 0.1) / count_tokens(targets[rows]),
             }
         )
-    torch.stack([loss for rank in losses for loss in rank.values()]).sum().div(len(sizes)).backward()
+    torch.stack([loss for rank in losses for loss in rank.values()]).sum().div(len(shares)).backward()
     return [{name: loss.item() for name, loss in rank.items()} for rank in losses], gradients(model)
 
 
 def test_lavis_settings_are_lavis_as_a_naive_loop(ranks: list[dict[str, Any]]) -> None:
     found = [rank["lavis"] for rank in ranks]
-    losses, expected = naive_lavis(SHARES[2], torch.cat([rank["negatives"] for rank in found], dim=1))
+    drawn = torch.cat([rank["negatives"] for rank in found], dim=1).T.tolist()
+    negatives = {ORDER[row]: (ORDER[image], ORDER[text]) for row, (image, text) in enumerate(drawn)}
+    losses, expected = naive_lavis(SHARES[2], negatives)
     for rank, naive in zip(found, losses, strict=True):
         assert {name: rank["values"][name] for name in naive} == pytest.approx(naive, abs=ATOL)
     for name, gradient in expected.items():
