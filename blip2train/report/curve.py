@@ -48,6 +48,11 @@ _PANELS = (
         "Picking each image's text out of the batch; a blind pick stays on the dashed line.",
     ),
     (
+        "train/itc_i2t_accuracy",
+        "Recall@1 in the batch",
+        "How often an image finds its own text in the batch; the dashed line is a blind pick.",
+    ),
+    (
         "train/itm_loss",
         "Matching loss",
         "Telling pairs from hard negatives; on the dashed line the head only knows that one pair in three matches.",
@@ -68,9 +73,29 @@ _PANELS = (
         "The frozen language model's surprise at the caption after the visual prompt: lower, the prompt says more.",
     ),
     (
+        "gradient_norm",
+        "Gradient norm before clipping",
+        "Spikes are batches that pull hard, or a learning rate that is too high; clipping cuts them.",
+    ),
+    (
+        "learning_rate",
+        "Learning rate",
+        "The highest of all parameter groups, as the schedule had it.",
+    ),
+    (
         "samples_per_second",
         "Throughput, samples per second",
-        "Flat is healthy; dips are data waits, evaluations or a busy machine.",
+        "Flat is healthy; dips are data waits, checkpoints or a busy machine.",
+    ),
+    (
+        "data_wait_fraction",
+        "Waiting for data, share of time",
+        "Of the slowest device; far above 0, the loader is what limits the training.",
+    ),
+    (
+        "mfu",
+        "Model FLOPs utilization",
+        "The model's own operations as a share of what the device could do at most.",
     ),
 )
 

@@ -209,6 +209,17 @@ def test_curves_draw_the_chance_level_of_the_manifest_and_say_it_in_words() -> N
     assert "chance" not in plain.svg
 
 
+def test_the_health_of_a_run_is_drawn_beside_its_losses_where_it_was_logged() -> None:
+    keys = ("train/itc_i2t_accuracy", "gradient_norm", "learning_rate", "data_wait_fraction", "mfu")
+    steps = [{"step": step} | dict.fromkeys(keys, 1e-4 * step) for step in range(3)]
+    curves = draw_curves([Run("run", {"chance_levels": {keys[0]: 1 / 8}}, "", steps)])
+    assert [curve.title.split(",")[0] for curve in curves] == [
+        "Recall@1 in the batch", "Gradient norm before clipping", "Learning rate",
+        "Waiting for data", "Model FLOPs utilization",
+    ]  # fmt: skip
+    assert ["chance" in curve.svg for curve in curves] == [True, False, False, False, False]
+
+
 def test_runs_with_different_chance_levels_share_no_line() -> None:
     steps = [{"step": step, "train/itc_loss": 1.0} for step in range(3)]
     runs = [Run(str(level), {"chance_levels": {"train/itc_loss": level}}, "", steps) for level in (2.0, 3.0)]
