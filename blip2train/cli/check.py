@@ -199,7 +199,7 @@ def _learning_values(config: Any) -> dict[str, Any]:
 def _learning_differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     ignored = ("run_dir", "resume", *(f"data.{name}" for name in DATA_MAY_CHANGE_ON_RESUME))
     # it trades memory for time and changes no value: what a run out of memory may turn on
-    memory_only = ".checkpoint_activations"
+    memory_only = (".checkpoint_activations", ".micro_batch_size")
     places = re.compile(rf"data\.datasets\.[^.]+\.({'|'.join(DATASET_MAY_CHANGE_ON_RESUME)})(\.|$)")
     return {
         key: values

@@ -114,12 +114,13 @@ def _print_peak(path: str) -> None:
 
     from blip2train.cli.config import register_resolvers
     from blip2train.cli.estimate import estimate
+    from blip2train.cli.features import with_features
     from blip2train.model.memory import GIB
 
     register_resolvers()
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
-    result = estimate(config, accelerator=config.trainer.get("accelerator") != "cpu")
+    result = estimate(with_features(config), accelerator=config.trainer.get("accelerator") != "cpu")
     sys.stdout.write(f"{result.peak / GIB:.2f} GiB at its peak for {result.batch_size} pairs per device\n")
 
 
