@@ -17,6 +17,10 @@ LANGUAGE_MODELS: dict[str, Part] = {
     "blip2train.model.language_model.decoder_only.DecoderOnly": "decoder_only",
     "blip2train.model.language_model.encoder_decoder.EncoderDecoder": "encoder_decoder",
 }
+ZERO, FSDP2 = "blip2train.strategy.zero.ZeroStrategy", "blip2train.strategy.fsdp2.Fsdp2Strategy"
+STRATEGIES = ("auto", "pytorch_lightning.strategies.DDPStrategy", ZERO, FSDP2)
+"""What a trainer's strategy may be, by name or class, besides Lightning's short names of DDP."""
+
 QFORMER_SIZES = (
     *("hidden_size", "num_layers", "num_heads", "intermediate_size"),
     *("num_queries", "cross_attention_every", "image_dim"),
@@ -43,15 +47,32 @@ def check_precision(config: DictConfig) -> None:
     part = LANGUAGE_MODELS.get(language_model._target_) if language_model else None
     if part is not None:
         check_dtype(part, language_model.get("dtype", "float32"), trainable=False, where="llm.model.dtype")
-        if _stores_in_float16(config.trainer):
-            check_dtype(part, "float16", trainable=False, where="trainer.precision: DeepSpeed stores every part in it")
+    check_strategy(config)
 
 
-def _stores_in_float16(trainer: DictConfig) -> bool:
-    """DeepSpeed has no autocast: under a mixed precision it casts the whole model, frozen parts included."""
-    strategy = trainer.get("strategy", "auto")
+def check_strategy(config: DictConfig) -> None:
+    """Only strategies under which checkpoints are whole and the maths is DDP's.
+
+    Raises:
+        ConfigError: another one, or DeepSpeed in a precision that needs a loss scaler.
+    """
+    strategy = config.trainer.get("strategy", "auto")
     name = str(strategy.get("_target_", "") if OmegaConf.is_config(strategy) else strategy)
-    return "deepspeed" in name.lower() and str(trainer.get("precision")) in ("16", "16-mixed")
+    if name not in STRATEGIES and not name.startswith("ddp"):
+        raise ConfigError(
+            f"strategy {name!r} writes checkpoints that only it can read, or is unknown",
+            where="trainer.strategy",
+            fix="trainer=ddp, fsdp2, deepspeed_zero1, deepspeed_zero2, deepspeed_zero3 or deepspeed_zero2_offload",
+        )
+    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(
+        str(config.trainer.get("precision")), config.trainer.get("precision")
+    )
+    if name == ZERO and precision not in (None, "32-true", "bf16-mixed"):
+        raise ConfigError(
+            f"DeepSpeed under trainer.precision={precision}: its loss scaler would be in no checkpoint",
+            where="trainer.precision, trainer.strategy",
+            fix="trainer.precision=bf16-mixed or 32-true; or trainer=ddp, fsdp2",
+        )
 
 
 def check_first_weights(config: DictConfig, stage: int) -> None:

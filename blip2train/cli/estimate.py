@@ -17,6 +17,7 @@ from torch import Tensor
 from blip2train import distributed
 from blip2train.batch import Stage1Batch, Stage2Batch
 from blip2train.cli import check
+from blip2train.cli.check_model import FSDP2, ZERO, check_strategy
 from blip2train.cli.config import build
 from blip2train.cli.dry_step import GRADIENTS, StepMemory, run_step, stage1_loss, stage2_loss
 from blip2train.cli.meta import build_meta
@@ -74,9 +75,7 @@ def estimate(config: DictConfig, *, accelerator: bool = True, text_tokens: int |
         ConfigError: a strategy, precision or number of devices that cannot be estimated.
     """
     sharing = read_sharing(config)
-    precision = parse_precision(
-        str(config.trainer.get("precision") or "32-true"), deepspeed=sharing.zero_stage is not None
-    )
+    precision = parse_precision(str(config.trainer.get("precision") or "32-true"))
     model = build_meta(config)
     if precision.weights is not None:
         model = model.to(precision.weights)
@@ -105,7 +104,7 @@ def read_sharing(config: DictConfig) -> Sharing:
     """Devices and strategy of a config.
 
     Raises:
-        ConfigError: a number of devices that only Lightning knows, or another strategy than DDP and DeepSpeed.
+        ConfigError: a number of devices that only Lightning knows, or a strategy that no training takes.
     """
     trainer = config.trainer
     devices = trainer.get("devices", 1)
@@ -114,18 +113,17 @@ def read_sharing(config: DictConfig) -> Sharing:
             f"trainer.devices is {devices!r}", where="trainer.devices", fix="give the number of devices of one node"
         )
     devices *= int(trainer.get("num_nodes", 1))
+    check_strategy(config)
     strategy = trainer.get("strategy", "auto")
-    if isinstance(strategy, DictConfig) and "DeepSpeed" in strategy._target_:
-        return Sharing(devices, int(strategy.get("stage", 2)))
-    name = strategy._target_ if isinstance(strategy, DictConfig) else str(strategy)
-    if name.startswith("deepspeed"):
-        stage = name.removeprefix("deepspeed").removeprefix("_stage_")[:1]
-        return Sharing(devices, int(stage) if stage.isdecimal() else 2)
-    if name != "auto" and "ddp" not in name.lower():
-        raise ConfigError(
-            f"no estimate for strategy {name!r}", where="trainer.strategy", fix="auto, ddp, or a DeepSpeed stage"
+    name = str(strategy.get("_target_", "") if isinstance(strategy, DictConfig) else strategy)
+    if name == ZERO:
+        return Sharing(
+            devices,
+            zero_stage=int(strategy.stage),
+            offload=bool(strategy.get("offload_optimizer", False)),
+            bucket_elements=int(strategy.get("bucket_elements", Sharing.bucket_elements)),
         )
-    return Sharing(devices)
+    return Sharing(devices, fsdp2=name == FSDP2)
 
 
 def loss_of(config: DictConfig, model: Any) -> Callable[[Any, LiveMemory], Tensor]:

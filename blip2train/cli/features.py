@@ -159,8 +159,7 @@ def computing_formats(config: DictConfig) -> dict[str, str | None]:
     """The number formats that the trainer's precision imposes on a frozen encoder: weights and autocast."""
     from blip2train.model.memory import parse_precision
 
-    deepspeed = "deepspeed" in str(config.trainer.get("strategy", "auto")).lower()
-    precision = parse_precision(str(config.trainer.get("precision") or "32-true"), deepspeed=deepspeed)
+    precision = parse_precision(str(config.trainer.get("precision") or "32-true"))
     formats = {"weights": precision.weights, "autocast": precision.autocast}
     return {name: None if dtype is None else str(dtype).removeprefix("torch.") for name, dtype in formats.items()}
 

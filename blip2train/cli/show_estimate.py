@@ -73,15 +73,16 @@ def _less_memory(config: DictConfig) -> str:
     if not config.model.qformer.get("checkpoint_activations", False):
         ways.append("model.qformer.checkpoint_activations=true")
     sharing = read_sharing(config)
-    if sharing.zero_stage is None and sharing.devices > 1:
-        ways.append("trainer=deepspeed_zero2")
+    if sharing.zero_stage is None and not sharing.fsdp2 and sharing.devices > 1:
+        ways.append("trainer=fsdp2 or deepspeed_zero2")
     ways.append("text_tokens= if your captions are shorter")
     return "; ".join(ways)
 
 
 def _table(config: DictConfig, result: Estimate) -> Table:
     shared = result.sharing
-    how = f"{shared.devices} device(s)" + ("" if shared.zero_stage is None else f", ZeRO-{shared.zero_stage}")
+    strategy = ", FSDP2" if shared.fsdp2 else "" if shared.zero_stage is None else f", ZeRO-{shared.zero_stage}"
+    how = f"{shared.devices} device(s){strategy}"
     title = f"{config.name}: GiB per device, {result.batch_size} pairs each, {how}, {config.trainer.get('precision')}"
     table = Table("what", "loss known", "peak", title=title)
     for column in table.columns[1:]:

@@ -24,7 +24,7 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
 
 
 def full_precision_linear(layer: nn.Linear, tensor: Tensor) -> Tensor:
-    """A layer in float32 or better, whatever autocast says and whatever its weights are stored in (DeepSpeed)."""
+    """A layer in float32 or better, whatever autocast says and whatever its weights are stored in."""
     with without_autocast(tensor):
         bias = None if layer.bias is None else full_precision(layer.bias)
         return F.linear(full_precision(tensor), full_precision(layer.weight), bias)

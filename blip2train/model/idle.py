@@ -41,7 +41,9 @@ def _untouched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fake_weights(model: nn.Module) -> Iterator[None]:
-    owners = [tensors for module in model.modules() for tensors in (module._parameters, module._buffers)]
+    owners: list[dict[str, Any]] = [
+        tensors for module in model.modules() for tensors in (module._parameters, module._buffers)
+    ]
     before = [dict(tensors) for tensors in owners]
     try:
         to_fake(model)

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from blip2train.errors import ConfigError
+from blip2train.model.sharding import repeated_blocks
 
 GIB = 2**30
 _MOMENTS = 2
-_ZERO_BUCKET_ELEMENTS = 200_000_000
-"""Lightning's `reduce_bucket_size`; two of them, since it overlaps communication."""
 _ZERO3_GATHERED_ELEMENTS = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`, which Lightning leaves: weights put together again for use, at most."""
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
@@ -30,14 +29,21 @@ class Sharing:
         devices: of all nodes.
         zero_stage: DeepSpeed's; None without DeepSpeed. 1 shards the optimizer's state, 2 also the gradients, 3 also
             the weights, frozen ones included.
+        fsdp2: PyTorch's FSDP2, which shards what stage 3 does.
+        offload: the optimizer's state lies in main memory.
+        bucket_elements: of DeepSpeed's buffers, of which it holds two, since it overlaps communication.
     """
 
     devices: int = 1
     zero_stage: int | None = None
+    fsdp2: bool = False
+    offload: bool = False
+    bucket_elements: int = 50_000_000
 
     def sharded(self, size: int, from_stage: int) -> int:
         """Bytes on this device of something that is sharded from this ZeRO stage on."""
-        return size if self.zero_stage is None or self.zero_stage < from_stage else -(-size // self.devices)
+        stage = 3 if self.fsdp2 else self.zero_stage or 0
+        return size if stage < from_stage else -(-size // self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +59,8 @@ class Precision:
     autocast: torch.dtype | None
 
 
-def parse_precision(name: str, *, deepspeed: bool) -> Precision:
-    """Read Lightning's name ("32-true", "bf16-mixed", ...).
-
-    DeepSpeed has no autocast: under a mixed precision it casts the model and keeps float32 copies of what trains.
+def parse_precision(name: str) -> Precision:
+    """Read Lightning's name ("32-true", "bf16-mixed", ...); the same under every strategy.
 
     Raises:
         ConfigError: not one of these.
@@ -72,7 +76,7 @@ def parse_precision(name: str, *, deepspeed: bool) -> Precision:
         )
     if kind == "true":
         return Precision(None if number == "32" else _DTYPES[number], None)
-    return Precision(_DTYPES[number], None) if deepspeed else Precision(None, _DTYPES[number])
+    return Precision(None, _DTYPES[number])
 
 
 def weight_bytes(model: nn.Module, sharing: Sharing) -> dict[str, int]:
@@ -86,10 +90,13 @@ def weight_bytes(model: nn.Module, sharing: Sharing) -> dict[str, int]:
 
 
 def optimizer_bytes(model: nn.Module, sharing: Sharing) -> int:
-    """AdamW's two moments in the format of the parameters; under DeepSpeed float32, with a copy of the weights."""
+    """AdamW's two moments in the format of the parameters; DeepSpeed adds a copy of the weights that it updates."""
+    if sharing.offload:
+        return 0
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if sharing.zero_stage is None:
-        return sum(_MOMENTS * parameter.numel() * parameter.element_size() for parameter in trainable)
+        moments = sum(_MOMENTS * parameter.numel() * parameter.element_size() for parameter in trainable)
+        return sharing.sharded(moments, from_stage=1)
     copies = _MOMENTS + 1
     return sharing.sharded(copies * 4 * sum(parameter.numel() for parameter in trainable), from_stage=1)
 
@@ -102,13 +109,24 @@ def gradient_bytes(model: nn.Module) -> int:
 def communication_bytes(model: nn.Module, sharing: Sharing) -> int:
     """DDP's buckets, a second copy of the gradients; DeepSpeed's two reduce buckets, of one size for any model.
 
-    ZeRO-3 gathers sharded weights for each pass and holds up to a fixed number of them: counted in full.
+    Sharded weights are gathered for use: by ZeRO-3 up to a fixed number, counted in full; by FSDP2 two blocks at a time
+    and the root unit for the whole step, whose gradients are copied to leave together.
     """
+    if sharing.fsdp2:
+        return _gathered_units(model) + gradient_bytes(model) if sharing.devices > 1 else 0
     if sharing.zero_stage is not None:
         sizes = [item.element_size() for item in model.parameters() if item.requires_grad]
-        buckets = 2 * _ZERO_BUCKET_ELEMENTS * max(sizes, default=0)
+        buckets = 2 * sharing.bucket_elements * max(sizes, default=0)
         return buckets + (_gathered_bytes(model) if sharing.zero_stage == 3 and sharing.devices > 1 else 0)
     return gradient_bytes(model) if sharing.devices > 1 else 0
+
+
+def _gathered_units(model: nn.Module) -> int:
+    blocks = list(repeated_blocks(model))
+    inside = {id(item) for block in blocks for item in block.parameters()}
+    outside = sum(item.numel() * item.element_size() for item in model.parameters() if id(item) not in inside)
+    sizes = [sum(item.numel() * item.element_size() for item in block.parameters()) for block in blocks]
+    return outside + 2 * max(sizes, default=0)
 
 
 def _gathered_bytes(model: nn.Module) -> int:

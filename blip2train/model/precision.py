@@ -2,8 +2,6 @@
 
 The paper keeps ViT and LLM in FP16 and Flan-T5 in BF16 (section 3.4). What trains is float32 and computes in half
 precision under autocast; LAVIS does the same by convention, here a refused combination is an error before loading.
-
-Not covered: DeepSpeed under bf16-mixed stores the modules in bfloat16 and keeps the float32 masters in its optimizer.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def shard(root: nn.Module, mesh: DeviceMesh, *, step: str) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # seconds that one device need not pay
 
     give_scalars_a_dimension(root)
-    for unit in [*_repeated(root), *_parts(root)]:
+    for unit in [*repeated_blocks(root), *_parts(root)]:
         fully_shard(unit, mesh=mesh)
     fully_shard(root, mesh=mesh)
     register_fsdp_forward_method(root, step)
@@ -74,7 +74,7 @@ def shard_like(whole: Tensor, sharded: Any) -> Tensor:
     return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def _repeated(root: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(root: nn.Module) -> Iterator[nn.Module]:
     """Blocks of the vision encoder and layers of the language model: the members of their lists of equal modules."""
     for part in _parts(root):
         for module in part.modules():

@@ -96,8 +96,9 @@ class ZeroStrategy(WholeCheckpoint, DeepSpeedStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if isinstance(plugin, DeepSpeedPrecision):
-            check_zero_precision(plugin.precision)
-            plugin = ZeroPrecision(plugin.precision)
+            precision: Any = plugin.precision
+            check_zero_precision(precision)
+            plugin = ZeroPrecision(precision)
         self._precision_plugin = plugin
 
     def setup_environment(self) -> None:

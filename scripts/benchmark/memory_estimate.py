@@ -176,7 +176,7 @@ def real_cuda(config: DictConfig) -> tuple[int, int]:
 
 
 def autocast_of(config: DictConfig) -> torch.dtype | None:
-    return parse_precision(str(config.trainer.precision), deepspeed=False).autocast
+    return parse_precision(str(config.trainer.precision)).autocast
 
 
 if __name__ == "__main__":

@@ -33,18 +33,18 @@ def test_a_trainer_that_stores_the_qformer_in_half_precision(precision: str) -> 
         check.check_train(composed(f"trainer.precision={precision}"))
 
 
-@pytest.mark.parametrize("strategy", [[], ["trainer.strategy=deepspeed_stage_2"]])
-def test_deepspeed_would_store_a_t5_in_float16(strategy: list[str]) -> None:
-    """It casts the frozen parts too, whatever their own dtype; OPT may be cast, and bfloat16 suits both."""
-    overrides = ["trainer=deepspeed_zero2", "trainer.devices=16", *strategy, "run_dir=outputs/x"]
-    for name, refused in (("flan_t5_xl", True), ("opt_2_7b", False)):
-        config = compose("train", [f"experiment=lavis/stage2_vitg_{name}", *overrides])  # 16-mixed
-        config.init_from = "scratch"
-        if refused:
-            with pytest.raises(ConfigError, match=r"overflow in float16\n.*DeepSpeed stores every part"):
-                check.check_train(config)
-            config.trainer.precision = "bf16-mixed"
-        check.check_train(config)
+def test_deepspeed_takes_no_precision_that_needs_a_loss_scaler() -> None:
+    overrides = ["experiment=lavis/stage1_vitg", "trainer=deepspeed_zero2", "trainer.devices=16", "run_dir=outputs/x"]
+    with pytest.raises(ConfigError, match=r"DeepSpeed under trainer.precision=16-mixed"):
+        check.check_train(compose("train", overrides))
+    check.check_train(compose("train", [*overrides, "trainer.precision=bf16-mixed"]))
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "fsdp", "deepspeed"])
+def test_a_strategy_whose_checkpoints_only_it_can_read(strategy: str) -> None:
+    with pytest.raises(ConfigError, match=f"strategy '{strategy}'"):
+        check.check_train(composed(f"+trainer.strategy={strategy}"))
+    check.check_train(composed("+trainer.strategy=ddp_spawn"))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])

@@ -44,7 +44,7 @@ def run_for_real(config: DictConfig) -> StepMemory:
         with record_function("loss known"):
             pass
 
-    precision = parse_precision(config.trainer.precision, deepspeed=False)
+    precision = parse_precision(config.trainer.precision)
     return run_step(model, loss_of(config, model), batch, autocast=precision.autocast, on_loss_known=mark)
 
 
@@ -113,7 +113,9 @@ def test_gradients_stay_where_they_are_accumulated_and_leave_where_they_are_shar
     assert estimate(config).step.kept[GRADIENTS] == size  # of the step before
     added = estimate(small("microworld_stage1", "trainer.accumulate_grad_batches=2")).step
     assert added.kept[GRADIENTS] == added.peak[GRADIENTS] == size
-    sharded = estimate(small("microworld_stage1", "+trainer.strategy=deepspeed_stage_2", "trainer.devices=4"))
+    sharded = estimate(
+        small("microworld_stage1", "trainer=deepspeed_zero2", "trainer.devices=4", "trainer.max_steps=999")
+    )
     assert sharded.fixed[GRADIENTS] == -(-size // 4) and GRADIENTS not in sharded.step.kept
 
 
@@ -129,7 +131,7 @@ def test_shorter_texts_and_dropped_losses_take_less() -> None:
     ("overrides", "devices", "zero_stage"),
     [
         (["trainer=ddp", "trainer.devices=8", "trainer.num_nodes=2", "trainer.max_steps=999"], 16, None),
-        (["+trainer.strategy=deepspeed_stage_3"], 1, 3),
+        (["trainer=deepspeed_zero3", "trainer.devices=1", "trainer.max_steps=999"], 1, 3),
         (["trainer=deepspeed_zero2", "trainer.devices=4", "trainer.max_steps=999"], 4, 2),
     ],
 )
@@ -139,7 +141,8 @@ def test_devices_and_strategy_are_read(overrides: list[str], devices: int, zero_
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("trainer.devices=-1", "devices is -1"), ("+trainer.strategy=fsdp", "strategy 'fsdp'")]
+    ("override", "message"),
+    [("trainer.devices=-1", "devices is -1"), ("+trainer.strategy=fsdp", "strategy 'fsdp' writes")],
 )
 def test_what_cannot_be_estimated_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -56,32 +56,47 @@ def test_zero_shards_optimizer_then_gradients_then_weights(model: nn.Module, sta
 
 
 def test_zero3_gathers_what_it_has_sharded_up_to_deepspeeds_limit(model: nn.Module) -> None:
-    """Two buckets of 200M elements as in ZeRO-2, and the weights in use: all of a small model, 10^9 of a large one."""
+    """Two buckets as in ZeRO-2, and the weights in use: all of a small model, 10^9 of a large one."""
     whole = 4 * TRAINED + 2 * FROZEN
     assert communication_bytes(model, Sharing(5, 3)) - communication_bytes(model, Sharing(5, 2)) == whole
-    assert communication_bytes(model, Sharing(1, 3)) == communication_bytes(model, Sharing(1, 2)) == 2 * 200_000_000 * 4
+    assert communication_bytes(model, Sharing(1, 3)) == communication_bytes(model, Sharing(1, 2)) == 2 * 50_000_000 * 4
     with torch.device("meta"):
         large = nn.Linear(50_000, 50_000, bias=False, dtype=torch.bfloat16)
     gathered = communication_bytes(large, Sharing(5, 3)) - communication_bytes(large, Sharing(5, 2))
     assert gathered == 2 * 1_000_000_000
 
 
+def test_fsdp2_shards_all_and_gathers_the_root_and_two_blocks() -> None:
+    model = nn.Module()
+    model.vision_encoder = nn.Module()
+    model.vision_encoder.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(5))
+    model.head = nn.Linear(8, 2, bias=False)
+    model.vision_encoder.requires_grad_(False)
+    shared = Sharing(4, fsdp2=True)
+    assert sum(weight_bytes(model, shared).values()) == 4 * (5 * 64 + 16) // 4
+    assert optimizer_bytes(model, shared) == 2 * 4 * 16 // 4
+    assert communication_bytes(model, shared) == 4 * (16 + 2 * 64) + 4 * 16
+    assert communication_bytes(model, Sharing(1, fsdp2=True)) == 0
+
+
+def test_an_offloaded_optimizer_takes_nothing_of_the_device(model: nn.Module) -> None:
+    assert optimizer_bytes(model, Sharing(5, 2, offload=True)) == 0
+
+
 @pytest.mark.parametrize(
-    ("name", "deepspeed", "weights", "autocast"),
+    ("name", "weights", "autocast"),
     [
-        ("32-true", False, None, None),
-        ("bf16-mixed", False, None, torch.bfloat16),
-        ("16", False, None, torch.float16),
-        ("bf16-true", False, torch.bfloat16, None),
-        ("bf16-mixed", True, torch.bfloat16, None),
-        ("32-true", True, None, None),
+        ("32-true", None, None),
+        ("bf16-mixed", None, torch.bfloat16),
+        ("16", None, torch.float16),
+        ("bf16-true", torch.bfloat16, None),
     ],
 )
-def test_precision(name: str, deepspeed: bool, weights: torch.dtype | None, autocast: torch.dtype | None) -> None:
-    precision = parse_precision(name, deepspeed=deepspeed)
+def test_precision(name: str, weights: torch.dtype | None, autocast: torch.dtype | None) -> None:
+    precision = parse_precision(name)
     assert (precision.weights, precision.autocast) == (weights, autocast)
 
 
 def test_an_unknown_precision_is_named() -> None:
     with pytest.raises(ConfigError, match="transformer-engine"):
-        parse_precision("transformer-engine", deepspeed=False)
+        parse_precision("transformer-engine")
