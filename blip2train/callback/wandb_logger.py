@@ -39,7 +39,7 @@ class WandbRunLogger(WandbLogger):
     @property
     def experiment(self) -> Any:
         """The wandb run; made, and its id claimed, at the first look. A stand-in that does nothing on other ranks."""
-        if self._experiment is None and rank_zero_only.rank == 0:
+        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
             self._wandb_init["id"] = self._id = self._claim_id()
             if super().experiment.offline:
                 self._repeat()

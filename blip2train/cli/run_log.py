@@ -112,7 +112,8 @@ def _flops_on_main_process(config: DictConfig) -> SampleFlops | None:
     from blip2train.cli.sample_flops import count_sample_flops
 
     on_gpu = config.trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
-    if rank_zero_only.rank != 0 or not (on_gpu or config.peak_tflops):  # who logs nothing needs no count
+    is_main = getattr(rank_zero_only, "rank", 0) == 0  # the launcher's word: there is no process group yet
+    if not is_main or not (on_gpu or config.peak_tflops):
         return None
     try:
         return count_sample_flops(config)

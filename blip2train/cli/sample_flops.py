@@ -59,7 +59,7 @@ def _step(config: DictConfig, devices: int, length: int) -> tuple[float, float]:
         batch = full_batch(config, model, length)
         # attention's fused kernels on the CPU are unknown to the counter, its plain products are not
         with sdpa_kernel(SDPBackend.MATH), counter:
-            loss_of(config, model)(batch, LiveMemory()).backward()
+            loss_of(config, model)(batch, LiveMemory()).backward()  # type: ignore[no-untyped-call]
     size = len(batch)
     masks = (getattr(batch, name, None) for name in ("attention_mask", "prompt_mask", "target_mask"))
     return sum(mask.shape[1] for mask in masks if mask is not None), counter.get_total_flops() / size
