@@ -155,13 +155,9 @@ def find_resume_point(config: DictConfig, run: RunDir) -> ResumePoint | None:
         if own and noted is not None and step_of(own[-1]) >= step_of(Path(noted)):
             log.info("resume=%s was done before: this run goes on from its own last checkpoint", config.resume)
             asked, source, name = None, run, LAST
-        elif own and noted is None and source.path != run.path:
-            raise ConfigError(
-                f"the run folder already holds {own[-1].name}, and is no continuation of {asked}",
-                where=f"run_dir={run.path}, resume={config.resume}",
-                fix="give a new run_dir= to continue the other run in, or resume=auto to continue this one",
-            )
-        elif source.path == run.path and name == LAST:
+        elif source.path != run.path:
+            _check_may_take_over(RunDir.open(source.path, where="resume="), run, own if noted is None else [])
+        elif name == LAST:
             asked = None  # its own folder: what resume=auto does
     if asked is None and not own and config.resume in (AUTO, NEVER):
         return None
@@ -171,6 +167,15 @@ def find_resume_point(config: DictConfig, run: RunDir) -> ResumePoint | None:
     _check_may_go_on(config, point)
     log.info("resuming %s from %s", run.path, checkpoint.name if source is run else checkpoint)
     return point
+
+
+def _check_may_take_over(source: RunDir, run: RunDir, own: list[Path]) -> None:
+    if own:
+        raise ConfigError(
+            f"the run folder already holds {own[-1].name}, and is no continuation of {source.path}",
+            where=f"run_dir={run.path}",
+            fix="give a new run_dir= to continue the other run in, or resume=auto to continue this one",
+        )
 
 
 def _read_path(given: str, run: RunDir) -> tuple[Path, RunDir, str]:
