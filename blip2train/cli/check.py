@@ -28,7 +28,7 @@ MODELS = {
 }
 MAY_CHANGE_ON_RESUME = (
     *("trainer", "callback", "logger", "checkpoint", "paths", "benchmarks"),
-    *("log_every_steps", "peak_tflops", "watchdog"),
+    *("log_every_steps", "peak_tflops", "watchdog", "health"),
 )
 """Parts of a config that a resumed run may change; everything else decides what is learnt."""
 

@@ -102,11 +102,12 @@ def test_a_run_that_stays_bad_ends_and_its_last_checkpoint_resumes(laboratory: L
     run = RunDir(tmp_path / "run")
     assert [row["step"] for row in run.read_warnings()] == [4, 5, 6]
     assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-0000002", "step-0000004"]
-    again = laboratory.train("microworld_stage1", tmp_path / "run", *limits, *callback("BreakBlock", first=99, last=99))
-    assert again.step == 8
+    more = [*limits, "health.max_skipped_steps=4", *callback("BreakBlock", first=3, last=5)]
+    assert laboratory.train("microworld_stage1", tmp_path / "run", *more).step == 8
     rows = run.read_metrics()
-    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["skipped_steps"] == 1
-    assert [row["step"] for row in run.read_warnings()] == [4]  # those after the checkpoint were taken back
+    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["skipped_steps"] == 3
+    said = [(row["step"], row["cause"]) for row in run.read_warnings()]
+    assert said == [(step, "step_left_out") for step in (4, 5, 6)]  # "stopped" was taken back
 
 
 @pytest.mark.parametrize("wrong", ["max_skipped_steps=-1", "settle_steps=1.5", "spike_size=.nan", "max_data_wait=yes"])
