@@ -35,22 +35,24 @@ class WandbRunLogger(WandbLogger):
         super().__init__(save_dir=run_dir, offline=offline, resume=None if offline else "allow", **options)
         self._wandb_init.pop("anonymous")  # Lightning passes what wandb no longer knows, and says so
         self._folder, self._resume_step = RunDir(Path(run_dir)), resume_step
+        self._first_step = 0
 
     @property
     def experiment(self) -> Any:
         """The wandb run; made, and its id claimed, at the first look. A stand-in that does nothing on other ranks."""
         if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
             self._wandb_init["id"] = self._id = self._claim_id()
+            self._first_step = super().experiment.step
             if super().experiment.offline:
                 self._repeat()
         return super().experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if step is not None and step < self.experiment.step:
-            return  # a resumed run repeats it: wandb has it
-        # without commit a row waits for the next one, and a kill would take it
-        self.experiment.log({**metrics, "trainer/global_step": step}, step=step, commit=True)
+        run = self.experiment
+        if step is None or step >= self._first_step:  # what comes before, a resumed run repeats: wandb has it
+            # without commit a row waits for the next one, and a kill would take it
+            run.log({**metrics, "trainer/global_step": step}, step=step, commit=True)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

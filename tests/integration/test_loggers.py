@@ -102,6 +102,35 @@ def test_a_new_run_is_new_to_wandb_even_in_the_folder_of_one_that_never_got_far(
     assert ids[0] != ids[1] == ids[2] == ids[3] and len(ids[0]) == 8
 
 
+def test_wandb_online_goes_on_in_the_run_and_logs_no_step_twice(tmp_path: Path, monkeypatch) -> None:
+    started: dict[str, Any] = {}
+    rows: list[tuple[int, float]] = []
+
+    class Server:
+        step, offline = 6, False  # it holds steps up to 5; the last checkpoint was at 3
+
+        def log(self, row: dict[str, float], step: int, commit: bool) -> None:
+            assert commit
+            rows.append((step, row["a"]))
+
+        def finish(self, exit_code: int) -> None:
+            started["code"] = exit_code
+
+    monkeypatch.setattr("wandb.init", lambda **given: started.update(given) or Server())
+    RunDir(tmp_path).wandb_id_path.write_text("0123abcd\n")
+    logger = WandbRunLogger(str(tmp_path), resume_step=3, offline=False, project="p")
+    for step in range(4, 8):
+        logger.log_metrics({"a": step / 10}, step=step)
+    logger.finalize("failed")
+    assert rows == [(6, 0.6), (7, 0.7)]
+    assert (started["id"], started["resume"], started["dir"], started["code"]) == (
+        "0123abcd",
+        "allow",
+        str(tmp_path),
+        1,
+    )
+
+
 def test_the_table_beside_the_jsonl_is_always_there(stage1_run: RunDir) -> None:
     header = stage1_run.metrics_table_path.read_text().splitlines()[0].split(",")
     assert header == list(stage1_run.read_metrics()[0])
