@@ -11,7 +11,7 @@ import logging
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Agreement:
         self._calls = 0
         if self._world > 1:
             self._rank = dist.get_rank()
-            self._store = dist.PrefixStore(f"blip2train/{name}", _get_default_store())
+            self._store = PrefixStore(f"blip2train/{name}", _get_default_store())
 
     def say(self, value: int) -> int:
         """Say 0, 1 or 2; returns the largest that a rank said in the call before (in this one, on a single process).
@@ -70,7 +70,7 @@ class LastWord:
     def __init__(self) -> None:
         self._store = None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._store, self._main = dist.PrefixStore("blip2train/end", _get_default_store()), dist.get_rank() == 0
+            self._store, self._main = PrefixStore("blip2train/end", _get_default_store()), dist.get_rank() == 0
 
     def wait(self, seconds: float) -> None:
         """The main rank says that it is done; others wait for that, `seconds` at most or until the store is gone."""

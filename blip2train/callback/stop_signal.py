@@ -95,11 +95,16 @@ class StopSignal:
                 if number not in SIGNALS or self._leaving is not None:
                     continue
                 message = self._note(number, time.monotonic())
-                if self._leaving is not None:
-                    leave_within(LEAVE_SECONDS, self._leaving)
-                    signal.pthread_kill(main, number)
-                if message:
-                    log.warning("%s: %s", signal.Signals(number).name, message)
+                self._bring_to(main, number, message)
+
+    def _bring_to(self, main: int, number: int, message: str) -> None:
+        """Say what was decided; where it is to leave at once, the main thread is to raise that, if it can."""
+        if self._leaving is not None:
+            leave_within(LEAVE_SECONDS, self._leaving)  # first: a message may wait for a lock
+        if message:
+            log.warning("%s: %s", signal.Signals(number).name, message)
+        if self._leaving is not None:
+            signal.pthread_kill(main, number)
 
     def _note(self, number: int, now: float) -> str:
         """Take notice of a signal; returns what to say about it."""
