@@ -76,13 +76,19 @@ class BadStepRecorder:
         if not self._make_room(folder, last):
             return f"{_in_short(ranks)}; {KEPT} reports are kept already, this one is not"
         guilty = [facts["rank"] for facts in _guilty(ranks)][:_MOST_BATCHES]
-        if distributed.rank() in (guilty or range(_MOST_BATCHES)):
-            index, batch = step.batches[place]
-            path = folder / f"batch-rank{distributed.rank()}.pt"
-            save_batch(batch, path, step=step.number, batch_index=index, rank=distributed.rank())
-        if distributed.is_main():
-            write_json(folder / "report.json", _report(trainer, pl_module, step, ranks))
-        distributed.barrier()
+        problem = None
+        try:
+            if distributed.rank() in (guilty or range(_MOST_BATCHES)):
+                index, batch = step.batches[place]
+                path = folder / f"batch-rank{distributed.rank()}.pt"
+                save_batch(batch, path, step=step.number, batch_index=index, rank=distributed.rank())
+            if distributed.is_main():
+                write_json(folder / "report.json", _report(trainer, pl_module, step, ranks))
+        except (OSError, RuntimeError) as error:  # torch.save knows a full disk as the latter
+            problem = str(error).splitlines()[0]
+        problems = [said for said in distributed.gather_objects([problem]) if said]
+        if problems:
+            return f"{_in_short(ranks)}; the report could not be written: {problems[0]}"
         return f"{_in_short(ranks)}; report: {folder / 'report.json'}"
 
     def _make_room(self, folder: Any, last: bool) -> bool:

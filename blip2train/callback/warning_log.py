@@ -45,10 +45,13 @@ class WarningLog:
         if not distributed.is_main():
             return
         log.warning("step %d: %s", step, finding)
-        self._run.path.mkdir(parents=True, exist_ok=True)
-        with self._run.warnings_path.open("a", encoding="utf-8") as lines:
-            row = {"step": step} | dataclasses.asdict(finding) | facts
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        row = {"step": step} | dataclasses.asdict(finding) | facts
+        try:
+            self._run.path.mkdir(parents=True, exist_ok=True)
+            with self._run.warnings_path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:  # a warning ends no training
+            log.warning("%s could not be written: %s", self._run.warnings_path, error)
 
     def state_dict(self) -> dict[str, int]:
         return dict(self._last)

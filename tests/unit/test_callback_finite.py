@@ -145,6 +145,14 @@ def test_a_weight_that_is_not_finite_ends_the_run_at_once(tmp_path: Path) -> Non
     assert "frozen (Linear) gave NaN on rank 0, its bias is not finite" in report_of(tmp_path, 3)["found"]
 
 
+def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "bad_steps").write_text("in the way")
+    (tmp_path / "warnings.jsonl").mkdir()
+    weights = Weights()
+    fit(TinyModule(spoil=nan_at(2)), [guard(tmp_path), weights], max_steps=4)
+    assert torch.equal(weights.after[3], weights.after[2]) and not torch.equal(weights.after[4], weights.after[3])
+
+
 def test_old_skips_leave_the_budget_and_it_survives_a_resume(tmp_path: Path) -> None:
     finite = guard(tmp_path, budget=3)
     finite.load_state_dict({"skipped": [1, 2, 3, 995], "num_skipped": 40, "scaler_skips": 0})

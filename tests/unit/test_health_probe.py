@@ -88,3 +88,4 @@ def test_tensors_are_found_in_whatever_modules_return() -> None:
 
 def test_integers_are_finite() -> None:
     assert is_finite(torch.tensor([1, 2])) and not is_finite(torch.tensor([1.0, torch.inf]))
+    assert is_finite(torch.ones(2).to(torch.float8_e4m3fn))

@@ -40,7 +40,7 @@ def test_a_frozen_tensor_that_was_scaled_is_named() -> None:
 def test_one_sampled_element_is_enough_and_the_sample_is_small() -> None:
     parts = model()
     weights = WeightWatch(parts)
-    assert all(sample.numel() <= SAMPLE for sample in weights._frozen.values())
+    assert all(sample.numel() <= 4 * SAMPLE for sample in weights._frozen.values())
     with torch.no_grad():
         parts["frozen"].bias[7] += 1e-3
     assert weights.moved(parts) == ["frozen.bias"]
@@ -66,3 +66,12 @@ def test_a_parameter_frozen_later_is_no_longer_expected_to_move() -> None:
     weights = WeightWatch(parts)
     parts["idle"].requires_grad_(False)
     assert weights.still(parts) == ["trained.weight", "trained.bias"] and weights.moved(parts) == []
+
+
+def test_weights_of_eight_bits_are_watched_too() -> None:
+    parts = model()
+    parts["frozen"].weight = nn.Parameter(parts["frozen"].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    weights = WeightWatch(parts)
+    assert weights.moved(parts) == []
+    parts["frozen"].weight.data.view(torch.uint8).bitwise_xor_(1)
+    assert weights.moved(parts) == ["frozen.weight"]
