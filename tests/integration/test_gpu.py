@@ -7,6 +7,7 @@ import torch
 
 from blip2train.cli.config import compose
 from blip2train.cli.evaluate import evaluate
+from blip2train.objective.draw import Draw
 from blip2train.run_dir import RunDir
 
 pytestmark = pytest.mark.gpu
@@ -40,3 +41,9 @@ def test_a_resumed_run_repeats_the_losses_of_the_whole_one(laboratory, tmp_path:
     after = [row["train/loss"] for row in cut.read_metrics()]
     assert after == pytest.approx([row["train/loss"] for row in before], rel=1e-3)
     assert torch.cuda.max_memory_allocated() > 0
+
+
+def test_the_device_draws_the_negatives_of_the_cpu() -> None:
+    pairs = torch.randint(-(2**62), 2**62, (300,), generator=torch.Generator().manual_seed(0))
+    here, there = (Draw(1, 2).uniform(0, ids[:, None], ids[None, :]) for ids in (pairs, pairs.cuda()))
+    assert torch.equal(here, there.cpu())
