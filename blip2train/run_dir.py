@@ -20,6 +20,7 @@ eval/<benchmark>/images/<key>.jpg    small pictures of the records that the repo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -203,6 +204,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add all of `text` to a file or, on an OSError, none of it: a full disk leaves no half line in its midst."""
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def _read_appended(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ reports such a step. Between two entries nothing here waits for the device. LAVI
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
 from blip2train import distributed
 from blip2train.callback.compute import SampleFlops, device_peak
 from blip2train.callback.gradient import total_norm
 from blip2train.callback.step_clock import StepClock
+
+log = logging.getLogger(__name__)
 
 
 class MetricsCallback(pl.Callback):
@@ -62,6 +66,7 @@ class MetricsCallback(pl.Callback):
         self._flops, self._peak, self._settings = flops, peak_tflops, settings
         self._logged_step = -1
         self.latest: Mapping[str, float] = {}
+        self._failed: set[str] = set()
         self._reset(0)
 
     def _reset(self, step: int) -> None:
@@ -118,12 +123,21 @@ class MetricsCallback(pl.Callback):
             entry["gradient_norm"] = float(self._gradient_norm)
         entry |= self._more()
         for logger in trainer.loggers:
-            logger.log_metrics(entry, step=step)
-            logger.save()  # what is buffered would be lost with the process
+            self._tell(logger, entry, step)
         if self._watch is not None:
             self._watch(step, entry)
         self.latest, self._logged_step = entry, step
         self._reset(step)
+
+    def _tell(self, logger: Logger, entry: dict[str, float], step: int) -> None:
+        try:
+            logger.log_metrics(entry, step=step)
+            logger.save()  # what is buffered would be lost with the process
+        except OSError as error:  # a full disk; what is logged is not worth the run
+            name = type(logger).__name__
+            if name not in self._failed:
+                log.warning("%s misses entries from step %d on (%s)", name, step, error)
+            self._failed.add(name)
 
     def _reduced(self, trainer: pl.Trainer, step: int) -> dict[str, float]:
         """What has to be brought together from all ranks, in one collective, which also waits for the device."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,28 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     run.metrics_path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "tr\n{"step": 3}\n')
     with pytest.raises(DataError, match="line 2 is no JSON"):
         run.read_metrics()
+
+
+def test_a_full_disk_delays_rows_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, logger = RunDir(tmp_path), FileLogger(RunDir(tmp_path))
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for step in range(1, 9):
+        # in the midst of a row's text; the table is the shorter file, and is hit later
+        resource.setrlimit(resource.RLIMIT_FSIZE, (45 if step in (2, 3) else 75 if step == 5 else hard, hard))
+        try:
+            logger.log_metrics({"loss": float(step)}, step=step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        rows = [row["step"] for row in run.read_metrics()]
+        assert rows == list(range(1, {2: 1, 3: 1, 5: 4}.get(step, step) + 1))
+    assert table(run) == run.read_metrics() and len(table(run)) == 8
+    assert caplog.text.count("cannot be written (") == 2
+
+
+def test_rows_that_no_disk_took_are_said_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = FileLogger(RunDir(tmp_path / "file"))
+    (tmp_path / "file").write_text("a file where the run folder should be")
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.log_metrics({"loss": 2.0}, step=2)
+    logger.finalize("success")
+    assert caplog.text.count("cannot be written") == 1 and "2 rows of" in caplog.text

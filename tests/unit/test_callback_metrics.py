@@ -101,6 +101,19 @@ def test_rates_of_every_parameter_group_chance_levels_and_settings_are_logged() 
     assert trainer.loggers[0].settings == [{"seed": 1}] and trainer.loggers[0].saved == 1
 
 
+def test_a_logger_on_a_full_disk_is_named_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    class FullLogger(FakeLogger):
+        def save(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    clock, trainer = StepClock(), fake_trainer()
+    trainer.loggers.insert(0, FullLogger())
+    run(MetricsCallback(1, clock), clock, [{"loss": 1.0}] * 3, trainer)
+    assert [step for step, _ in trainer.loggers[1].rows] == [1, 2, 3]
+    (line,) = caplog.messages
+    assert "FullLogger misses entries from step 1 on" in line and "No space left" in line
+
+
 def test_mfu_is_the_work_of_samples_and_tokens_over_time_and_peak() -> None:
     clock = StepClock()
     callback = MetricsCallback(1, clock, flops=SampleFlops(3e9, 1e8), peak_tflops=2.0)
