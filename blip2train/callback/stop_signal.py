@@ -94,20 +94,17 @@ class StopSignal:
                 number = byte[0]
                 if number not in SIGNALS or self._leaving is not None:
                     continue
-                message = self._note(number, time.monotonic())
-                self._bring_to(main, number, message)
+                message, code = self._note(number, time.monotonic())
+                if code is not None:
+                    leave_within(LEAVE_SECONDS, code)  # first: a message may have to wait for a lock
+                if message:
+                    log.warning("%s: %s", signal.Signals(number).name, message)
+                if code is not None:
+                    self._leaving = code
+                    signal.pthread_kill(main, number)
 
-    def _bring_to(self, main: int, number: int, message: str) -> None:
-        """Say what was decided; where it is to leave at once, the main thread is to raise that, if it can."""
-        if self._leaving is not None:
-            leave_within(LEAVE_SECONDS, self._leaving)  # first: a message may wait for a lock
-        if message:
-            log.warning("%s: %s", signal.Signals(number).name, message)
-        if self._leaving is not None:
-            signal.pthread_kill(main, number)
-
-    def _note(self, number: int, now: float) -> str:
-        """Take notice of a signal; returns what to say about it."""
+    def _note(self, number: int, now: float) -> tuple[str, int | None]:
+        """Take notice of a signal; returns what to say about it, and the code to leave with at once, if that is it."""
         again = False
         if number == signal.SIGINT:
             again = self._interrupted_at is not None and now - self._interrupted_at > SAME_KEYSTROKE_SECONDS
@@ -116,12 +113,12 @@ class StopSignal:
         self.wish = max(self.wish, Wish.INTERRUPT if number == signal.SIGINT else Wish.PREEMPT)
         self.signal_name = self.signal_name or signal.Signals(number).name
         if again or not self.training:
-            self._leaving = exit_code.INTERRUPTED if again else self.wish.exit_code
-            return "leaving at once; what was saved before is kept"
+            code = exit_code.INTERRUPTED if again else self.wish.exit_code
+            return "leaving at once; what was saved before is kept", code
         if not first:
-            return ""
+            return "", None
         more = "; Ctrl-C once more leaves without one" if number == signal.SIGINT else ""
-        return f"stopping after this step with a checkpoint{more}"
+        return f"stopping after this step with a checkpoint{more}", None
 
 
 _listening: list[StopSignal] = []

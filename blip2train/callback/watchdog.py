@@ -166,9 +166,16 @@ class WatchdogCallback(pl.Callback):
             if not self._stop.is_set():
                 self._write()
             if self._orphaned():
-                log.warning("rank %d: the process that started it is gone; leaving", self._rank)
-                leave_now(exit_code.REQUEUE)
+                self._leave_launcher(watch, now)
             self._judge(watch, now)
+
+    def _leave_launcher(self, watch: Watch, now: float) -> None:
+        log.warning("rank %d: the process that started it is gone; leaving", self._rank)
+        wrong = watch.look(now, final=True)
+        wrong.pop(self._rank, None)
+        if wrong:
+            self._report(watch, wrong, now - (self._progress_at or now))
+        leave_now(watch.exit_code())
 
     def _judge(self, watch: Watch, now: float) -> None:
         waited = now - (self._progress_at or now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 
@@ -35,6 +35,23 @@ def check_launcher(arguments: Sequence[str]) -> None:
         )
     if shutil.which("srun") is None:
         raise ConfigError("no srun on PATH", where="launcher", fix="submit from a login node of the cluster")
+
+
+def check_torchrun(environment: Mapping[str, str]) -> None:
+    """torchrun's restarts hand the processes the store of those before, whose addresses no longer answer.
+
+    Reported as pytorch/pytorch#135712 and #167288; up to 2.12 the first restart fails or hangs.
+
+    Raises:
+        ConfigError: restarts are asked for, with that store.
+    """
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ConfigError(
+            "torchrun --max-restarts would fail at the first restart: it keeps the addresses of the processes before",
+            where="TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+            fix="start it as TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts=... ",
+        )
 
 
 def check_sweep(config: DictConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from blip2train.cli.evaluate import load_run_config
 from blip2train.cli.features import describe_features, with_features
 from blip2train.cli.guard import Guard
 from blip2train.cli.health import build_health
-from blip2train.cli.launch import check_launcher, check_sweep
+from blip2train.cli.launch import check_launcher, check_sweep, check_torchrun
 from blip2train.cli.resume import ResumePoint, find_resume_point
 from blip2train.cli.run_log import build_loggers, build_watchers, chance_levels
 from blip2train.errors import Blip2TrainError, ConfigError
@@ -60,6 +61,7 @@ def main() -> None:
 
 
 def run(config: DictConfig) -> None:
+    check_torchrun(os.environ)
     folder = RunDir(Path(HydraConfig.get().runtime.output_dir))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         check_sweep(config)
@@ -120,7 +122,8 @@ def _train(config: DictConfig, built: DictConfig, run: RunDir, guard: Guard) -> 
             weights_only=True,
         )
     except Blip2TrainError:
-        if start is not None and trainer.is_global_zero and trainer.global_step == 0:
+        never = trainer.global_step == 0 and not run.bad_steps.exists()  # whose batches the config explains
+        if start is not None and trainer.is_global_zero and never:
             start.withdraw()
         raise
     notes: dict[str, Any] = {"data": datamodule.counters()}  # of all ranks, so every rank is asked

@@ -29,9 +29,8 @@ def start(*parts: str) -> subprocess.Popen[str]:
     script = "import ctypes, os, sys, time\nfrom blip2train.callback import stop_signal\n"
     script += "stop_signal.LEAVE_SECONDS = 0.5\nwith stop_signal.StopSignal() as stop:\n"
     script += textwrap.indent("\n".join(lines), "    ")
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()
     return process
 
