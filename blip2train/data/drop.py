@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from blip2train.errors import DataError
-from blip2train.run_dir import write_json, write_text
+from blip2train.run_dir import append_text, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +189,11 @@ class DropLedger:
     def _append(self, drops: Sequence[Drop]) -> None:
         if self._log is None or not drops:
             return
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("a", encoding="ascii") as file:
-            file.writelines(json.dumps(asdict(drop)) + "\n" for drop in drops)
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            append_text(self._log, "".join(json.dumps(asdict(drop)) + "\n" for drop in drops))
+        except OSError as error:  # a full disk is no reason to end a training
+            logger.error("%d dropped records are counted, but not named in %s (%s)", len(drops), self._log, error)
 
     def _judge(self, name: str) -> None:
         counts = self._counts[name]
