@@ -30,8 +30,12 @@ def shard(root: nn.Module, mesh: DeviceMesh, *, step: str) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # seconds that one device need not pay
 
     give_scalars_a_dimension(root)
-    for unit in [*repeated_blocks(root), *_parts(root)]:
-        fully_shard(unit, mesh=mesh)
+    for block in repeated_blocks(root):
+        fully_shard(block, mesh=mesh)
+    for part in _parts(root):
+        # what is outside the blocks; it stays until the backward pass has ended, whose begin a part need not notice: it
+        # may return anything, while blocks return tensors
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
     fully_shard(root, mesh=mesh)
     register_fsdp_forward_method(root, step)
 

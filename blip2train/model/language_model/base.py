@@ -19,7 +19,7 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """Ids so far (B, T) and logits of the next token (B, V) -> logits (B, V), as transformers calls them."""
 
 
-@dataclass(slots=True)
+@dataclass  # no slots: ZeRO-3's hooks read the `vars` of what a module returns
 class LanguageModelOutput:
     """Logits with the token each must predict.
 
