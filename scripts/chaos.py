@@ -2,14 +2,14 @@
 
     python scripts/chaos.py --kills 25 -- \\
         blip2train train experiment=microworld_stage1 trainer=ddp trainer.accelerator=cpu trainer.devices=2 ...
-    python scripts/chaos.py --kills 25 -- \\
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python scripts/chaos.py --kills 25 -- \\
         torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m blip2train.cli.train experiment=... trainer=ddp ...
 
 Any training command will do, as long as its processes run on this machine; `run_dir=` is added. It runs once
-undisturbed. Then it runs again while random ranks get a SIGKILL at random moments, every second one of them aimed into
-a checkpoint that is being written; whenever it has ended, the very same command is started anew, until it is done. The
-finished weights must be the undisturbed run's, bit for bit. How long the other ranks took to notice is measured, and
-those that outlive --patience are killed and counted. Take enough steps that the kills come before the end.
+undisturbed. Then it runs again while random ranks get a SIGKILL at random moments: of the start, of the steps, and
+every second one of the writing of a checkpoint. Whenever it has ended, the very same command is started anew, until it
+is done. The finished weights must be the undisturbed run's, bit for bit. How long the other ranks took to notice is
+measured, and those that outlive --patience are killed and counted. Take enough steps that all kills come before the end.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 MARK = "BLIP2TRAIN_CHAOS"
 DEFAULT_RESULT = Path(__file__).parent / "benchmark" / "results" / "chaos.json"
+AIMS = ("checkpoint", "start", "checkpoint", "steps")  # in turn
+MOST_SECONDS_OF_STEPS, MOST_SECONDS_OF_WRITING = 8.0, 0.05
 MOST_FAILURES = 3  # in a row that no kill explains
 
 
@@ -108,17 +111,31 @@ class Training:
         """Whether the command is torchrun, which starts its ranks anew by itself."""
         return "torchrun" in " ".join(_command_line(self.process.pid))
 
+    def note_state(self) -> None:
+        """What lies half written now was left by a kill before; a start clears it late."""
+        self._leftovers, self._record = self._half_written(), self._metrics()
+
     def is_writing(self) -> bool:
         now = self._half_written()
         self._leftovers &= now
         return bool(now - self._leftovers)
 
-    def note_leftovers(self) -> None:
-        """What lies half written now was left by a kill before; a start clears it late."""
-        self._leftovers = self._half_written()
+    def has_stepped(self) -> bool:
+        return self._metrics() != self._record
 
     def _half_written(self) -> set[str]:
         return {path.name for path in (self.run / "checkpoints").glob(".step-*.partial")}
+
+    def _metrics(self) -> tuple[int, int] | None:
+        path = self.run / "metrics.jsonl"
+        status = path.stat() if path.is_file() else None
+        return (status.st_size, status.st_mtime_ns) if status else None
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = float("inf")) -> None:
+        """Until it is true, the command has ended, or so much time has passed."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < end and not condition():
+            time.sleep(0.001)
 
     def logged_step(self) -> int:
         rows = [_step_of_row(line) for line in _lines(self.run / "metrics.jsonl")]
@@ -145,22 +162,33 @@ class Training:
         return len(numbers)
 
 
-def disturb(training: Training, rng: random.Random, longest: float, patience: float, aim: str) -> Kill | None:
+def wait_for_moment(training: Training, rng: random.Random, aim: str, starting: float) -> None:
+    """Returns when a rank is to be killed, or the training has ended.
+
+    Args:
+        training: has just been started, or has just lost a rank.
+        rng: draws the moment.
+        aim: what it is to hit, one of AIMS.
+        starting: seconds that a start takes until its first step.
+    """
+    training.note_state()
+    share, to_pass = rng.random(), rng.randrange(3)
+    if aim == "start":
+        training.wait_until(training.has_stepped, share * starting)
+    elif aim == "steps":
+        training.wait_until(training.has_stepped)
+        training.wait_until(lambda: False, share * MOST_SECONDS_OF_STEPS)
+    else:
+        for _ in range(to_pass):
+            training.wait_until(training.is_writing)
+            training.wait_until(lambda: not training.is_writing())
+        training.wait_until(training.is_writing)
+        time.sleep(share * MOST_SECONDS_OF_WRITING)
+
+
+def disturb(training: Training, rng: random.Random, starting: float, patience: float, aim: str) -> Kill | None:
     """Kill one rank; None where the training ended before the moment came."""
-    training.note_leftovers()
-    moment = training.begin + rng.uniform(0.0, longest)
-    checkpoints_to_pass, was_writing = rng.randrange(3), False
-    while training.process.poll() is None:
-        if aim == "any moment" and time.monotonic() >= moment:
-            break
-        writing = training.is_writing()
-        if aim == "checkpoint" and writing and not was_writing:
-            if checkpoints_to_pass == 0:
-                time.sleep(rng.uniform(0.0, 0.05))
-                break
-            checkpoints_to_pass -= 1
-        was_writing = writing
-        time.sleep(0.001)
+    wait_for_moment(training, rng, aim, starting)
     ranks = training.ranks()
     if not ranks or training.process.poll() is not None:
         return None
@@ -185,8 +213,8 @@ def chaos(arguments: argparse.Namespace, result: Result, work: Path) -> None:
             result.starts += 1
             training = Training(result.command, work / "chaos", work / "chaos.log")
         left = arguments.kills - len(result.kills)
-        aim = "checkpoint" if len(result.kills) % 2 else "any moment"
-        kill = disturb(training, rng, 1.2 * result.first_step_seconds, arguments.patience, aim) if left else None
+        aim = AIMS[len(result.kills) % len(AIMS)]
+        kill = disturb(training, rng, result.first_step_seconds, arguments.patience, aim) if left else None
         if kill is not None:
             result.kills.append(kill)
             say(f"kill {len(result.kills)}: {asdict(kill)}")
