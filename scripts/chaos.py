@@ -9,7 +9,7 @@ Any training command will do, as long as its processes run on this machine; `run
 undisturbed. Then it runs again while random ranks get a SIGKILL at random moments: of the start, of the steps, and
 every second one of the writing of a checkpoint. Whenever it has ended, the very same command is started anew, until it
 is done. The finished weights must be the undisturbed run's, bit for bit. How long the other ranks took to notice is
-measured, and those that outlive --patience are killed and counted. Take enough steps that all kills come before the end.
+measured, and those that outlive --patience are killed and counted. Take enough steps for all kills.
 """
 
 from __future__ import annotations
