@@ -109,7 +109,8 @@ class Training:
 
     def is_launcher(self) -> bool:
         """Whether the command is torchrun, which starts its ranks anew by itself."""
-        return "torchrun" in " ".join(_command_line(self.process.pid))
+        words = _command_line(self.process.pid)
+        return any(Path(word).name == "torchrun" or word == "torch.distributed.run" for word in words)
 
     def note_state(self) -> None:
         """What lies half written now was left by a kill before; a start clears it late."""
