@@ -24,8 +24,8 @@ from blip2train.callback.stop_signal import leave_now
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-AFTER_ERROR_SECONDS = 20.0
-"""For the main process to notice by itself, and to say so, that a child has failed."""
+AFTER_ERROR_SECONDS = 120.0
+"""For the main process to notice by itself, and to say so, that a child has failed; or to explain its own failure."""
 AFTER_STOP_SECONDS = 600.0
 """For the main process to finish what a child that has stopped in order need not wait for."""
 

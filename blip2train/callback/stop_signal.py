@@ -28,6 +28,8 @@ SAME_KEYSTROKE_SECONDS = 1.0
 """torchrun passes a Ctrl-C on to workers that the terminal has sent it to already."""
 LEAVE_SECONDS = 10.0
 """What an orderly end may take before the process is ended from outside of it."""
+PARENT_AT_START = os.getppid()
+"""Asked before the imports that take seconds, in which a launcher may die."""
 _END = b"\0"
 """Ends the listener: no signal has this number."""
 

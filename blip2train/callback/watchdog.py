@@ -27,7 +27,7 @@ from blip2train.callback.heartbeat import (
     stack_path,
     write_heartbeat,
 )
-from blip2train.callback.stop_signal import leave_now
+from blip2train.callback.stop_signal import PARENT_AT_START, leave_now
 from blip2train.run_dir import RunDir, write_json
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ SILENT_BEATS = 24
 """Heartbeats that a rank may miss: a shared file system shows others a new file up to a minute late."""
 SUSPICIOUS_BEATS = 6
 """Without a completed batch for so long, a rank starts to look at the others."""
+PARENT_SECONDS = 1.0
+"""Between two looks whether the launcher is still there."""
 STOPPED_BEATS = 5
 """A gap as long between two of its own beats means that this very process was stopped, and nobody is to blame."""
 
@@ -60,7 +62,7 @@ class WatchdogCallback(pl.Callback):
     ) -> None:
         self.run, self.heartbeat_seconds = run, heartbeat_seconds
         self._limits = (start_minutes, stuck_minutes)
-        self._host, self._parent = socket.gethostname(), os.getppid()
+        self._host = socket.gethostname()
         self._rank, self._world = 0, 1
         self._beat = self._step = self._batch = 0
         self._phase, self._phase_since = "start", time.monotonic()
@@ -115,6 +117,25 @@ class WatchdogCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.leave(exit_code.DONE, "")
 
+    def watch_parent(self) -> None:
+        """From before the rendezvous on: a process whose launcher has died leaves, whatever it waits for.
+
+        The launcher is Lightning's main process or torchrun's agent; that of a main process may be a closed terminal.
+        """
+        if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0":
+            threading.Thread(target=self._leave_with_parent, name="parent", daemon=True).start()
+
+    def _leave_with_parent(self) -> None:
+        while os.getppid() == PARENT_AT_START:
+            time.sleep(PARENT_SECONDS)
+        log.warning("rank %d: the process that started it is gone; leaving", self._rank)
+        watch = Watch(self.run.ranks, self._world, self._host, SILENT_BEATS * self.heartbeat_seconds)
+        wrong = watch.look(time.monotonic(), final=True)
+        wrong.pop(self._rank, None)
+        if wrong:
+            self._report(watch, wrong, time.monotonic() - (self._progress_at or self._phase_since))
+        leave_now(watch.exit_code())
+
     @property
     def doing(self) -> str:
         """What the main thread is at, in words."""
@@ -165,17 +186,7 @@ class WatchdogCallback(pl.Callback):
             before = now
             if not self._stop.is_set():
                 self._write()
-            if self._orphaned():
-                self._leave_launcher(watch, now)
             self._judge(watch, now)
-
-    def _leave_launcher(self, watch: Watch, now: float) -> None:
-        log.warning("rank %d: the process that started it is gone; leaving", self._rank)
-        wrong = watch.look(now, final=True)
-        wrong.pop(self._rank, None)
-        if wrong:
-            self._report(watch, wrong, now - (self._progress_at or now))
-        leave_now(watch.exit_code())
 
     def _judge(self, watch: Watch, now: float) -> None:
         waited = now - (self._progress_at or now)
@@ -211,11 +222,6 @@ class WatchdogCallback(pl.Callback):
         except OSError as error:
             log.error("%s could not be written: %s", self.run.stuck_path, error)
         log.error("%s\n(%s)", found["text"], self.run.stuck_path)
-
-    def _orphaned(self) -> bool:
-        """Whether the launcher of this process has died: Lightning's main process or torchrun's agent."""
-        started = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_RANK", "0") != "0"
-        return started and self._world > 1 and os.getppid() != self._parent
 
 
 class BatchDoneCallback(pl.Callback):

@@ -53,6 +53,7 @@ class Guard:
         from blip2train.callback.child_launcher import adopt_launcher
         from blip2train.callback.interrupt import silence_lightning
 
+        self._watchdog.watch_parent()
         silence_lightning(trainer)
         adopt_launcher(trainer)
 
@@ -84,6 +85,7 @@ class Guard:
         from blip2train.peers import is_lost_peer
 
         if is_out_of_memory(error):
+            log.error("out of memory in %s; estimating what this config needs", self._watchdog.doing)
             self._watchdog.leave(exit_code.USER_ERROR, "out of memory")
             raise out_of_memory(self._config, self._watchdog.doing, error) from error
         if world_size() > 1 and is_lost_peer(error):

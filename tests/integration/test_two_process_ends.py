@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
 from blip2train.checkpoint.find import find_checkpoint
 from blip2train.run_dir import RunDir, read_json
@@ -23,6 +25,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else no restart of torchrun succeeds
 }
 MODULE = ("-m", "blip2train.cli.train")
@@ -157,6 +160,29 @@ def test_a_killed_rank_is_named_and_the_run_leaves_to_be_requeued(started, rank:
         assert code == 75
     found = read_json(run.dir.stuck_path)
     assert found["wrong"] == {str(rank): "gone"} and f"pid {pid}" in found["text"]
+
+
+class FailsOnRankOne(pl.Callback):
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_one_ranks_own_error_is_the_exit_code_of_the_run(started) -> None:
+    run = started(LIGHTNING, "+callback.fails._target_=test_two_process_ends.FailsOnRankOne", *QUICK)
+    assert run.ends(within=250) == 2
+    said = run.log.read_text()
+    assert "out of memory in backward of batch 3 (step 2)" in said and "stage.micro_batch_size=2" in said
+    assert read_json(run.dir.stuck_path)["wrong"] == {"1": "left"}
+
+
+def test_a_rank_alone_before_training_does_not_wait_for_one_that_was_told_to_leave(started) -> None:
+    run = started(LIGHTNING)
+    deadline = time.monotonic() + 100
+    while "global batch" not in run.log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends(within=60) == 75
 
 
 def test_torchrun_starts_again_after_a_lost_rank_and_the_run_goes_on(started) -> None:
