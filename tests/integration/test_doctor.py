@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def doctor(
         [*command, *overrides], capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, preexec_fn=limit
     )
     assert done.returncode == code, done.stdout + done.stderr
-    assert [path.name for path in folder.iterdir()] == ["result.json"]
+    assert {path.name for path in folder.iterdir()} <= {"result.json", "run"}
     result: dict[str, Any] = json.loads(out.read_text())
     by_check: dict[str, list[dict[str, str]]] = {}
     for row in result["rows"]:
@@ -61,6 +62,19 @@ def test_a_laptop_in_order_has_nothing_but_ok_and_warnings(laboratory, tmp_path:
     step = result["facts"]["step"]
     assert len(step["step_seconds"]) == 2 and step["samples_per_step"] == 8 and step["world_size"] == 1
     assert "600 steps take about" in result["rows"]["time"][0]["measured"]
+
+
+def test_a_run_that_goes_on_is_tried_from_its_checkpoint_and_left_as_it_is(laboratory, tmp_path: Path) -> None:
+    folder, same = tmp_path / "run", ("optim.warmup_steps=1", "log_every_steps=1", "trainer.max_steps=9")
+    laboratory.train("microworld_stage1", folder, "trainer.max_steps=9", "checkpoint.every_steps=4")
+    finished = doctor(laboratory, tmp_path, *same, "only=[step]", code=2)
+    assert "the run is finished" in finished["rows"]["config"][1]["measured"]
+    shutil.rmtree(folder / "checkpoints" / "step-0000009")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    unfinished = doctor(laboratory, tmp_path, *same, "only=[step,time]")
+    assert "step-0000008" in unfinished["rows"]["config"][1]["measured"]
+    assert status(unfinished["rows"]["step"]) == {"ok"} and "1 steps take" in unfinished["rows"]["time"][0]["measured"]
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_two_processes_of_the_own_launcher_are_measured_together(laboratory, tmp_path: Path) -> None:

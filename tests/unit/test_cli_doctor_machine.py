@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from blip2train.callback import step_probe
 from blip2train.cli.config import compose
 from blip2train.cli.doctor import devices, disk, duration, interconnect, memory, versions
+from blip2train.cli.doctor.config import check_config, judge_resume
 from blip2train.cli.doctor.context import (
     Context,
     Facts,
@@ -32,6 +33,15 @@ A100 = Gpu("A100", 40, (8, 0))
 
 def config(*overrides: str):
     return compose("doctor", ["experiment=microworld_stage1", "run_dir=outputs/x", *overrides])
+
+
+def test_a_new_run_and_one_that_goes_on(tmp_path: Path) -> None:
+    context = Context(config(f"run_dir={tmp_path / 'run'}"), Launch())
+    subject, folder = check_config(context)
+    assert subject.status == folder.status == "ok" and "a new run in" in folder.measured
+    assert context.built is not None and context.resume is None
+    assert judge_resume(tmp_path / "step-0000300", 300, 600).status == "ok"
+    assert judge_resume(tmp_path / "step-0000600", 600, 600).status == "fail"
 
 
 def test_versions_within_their_ranges_and_others() -> None:

@@ -206,6 +206,12 @@ def test_a_failure_on_another_machine_stops_the_child_here(modules: Path) -> Non
     ("codes", "log", "found", "advice"),
     [
         ((2,), "\nDataError: no shard\n  where: urls=x\n  fix:   pack it\n", "no shard (urls=x)", "pack it"),
+        (
+            (2,),
+            "ConfigError: out\n  of it\n  where: y\n  fix:   one of:\n         a=1\n         b=2\nX\n",
+            "out of it (y)",
+            "one of: a=1 b=2",
+        ),
         ((1,), "Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n", "OutOfMemoryError", "log"),
         ((-9,), "step 1\n", "SIGKILL", "main memory"),
         ((-11,), "step 1\n", "SIGSEGV: step 1", "log"),
@@ -218,7 +224,7 @@ def test_the_last_words_of_a_child(codes: tuple[int], log: str, found: str, advi
 
 
 def test_the_tried_training_has_the_users_overrides_and_its_own_folder() -> None:
-    own = ["experiment=microworld_stage1", "--config-dir=mine", "optim.lr=1", "~benchmark", "resume=never"]
+    own = ["experiment=microworld_stage1", "--config-dir=mine", "optim.lr=1", "~benchmark"]
     asked = [
         *own,
         "run_dir=r",
@@ -231,10 +237,11 @@ def test_the_tried_training_has_the_users_overrides_and_its_own_folder() -> None
     ]
     given = training_arguments(asked, Path("/t/run"), Path("/t/it's"), 2)
     assert given[: len(own)] == own
-    assert given[len(own) :][:2] == ["run_dir='/t/run'", "logger=[]"]
+    assert given[len(own) :][:3] == ["run_dir='/t/run'", "resume=never", "logger=[]"]
     config = compose("train", [*own[:1], *given[len(own) :]])
     assert config.callback.doctor.steps == 2 and config.callback.doctor.out == "/t/it's"
     assert not config.get("logger") and str(config.run_dir) == "/t/run"
+    assert "resume='/r/step-0000002'" in training_arguments([], Path("r"), Path("m"), 2, Path("/r/step-0000002"))
 
 
 def test_a_path_survives_the_grammar_of_overrides() -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from blip2train.cli import check
 from blip2train.cli.config import quiet_libraries, require_filled, run_verb
-from blip2train.cli.doctor.context import Context
+from blip2train.cli.doctor.context import Context, of_training
 from blip2train.cli.doctor.launch import join_launch
 from blip2train.cli.doctor.row import Row, worst
 from blip2train.cli.doctor.session import choose, run_checks
@@ -68,7 +68,7 @@ def diagnose(config: DictConfig, arguments: list[str]) -> list[Row]:
     quiet_libraries()
     # what a check has to say is in its row
     logging.getLogger("blip2train").setLevel(logging.ERROR)
-    context = Context(config, launch, arguments, seconds, steps=config.steps, shards=config.shards)
+    context = Context(of_training(config), launch, arguments, seconds, steps=config.steps, shards=config.shards)
     rows = run_checks(names, context, LiveTable(launch.is_main))
     if config.out and launch.is_main:
         result = {"format": 1, "name": config.name, "result": worst(rows)}

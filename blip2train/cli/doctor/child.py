@@ -15,7 +15,8 @@ from pathlib import Path
 
 _LAST_BYTES = 20_000
 _OWN_ERROR = re.compile(
-    r"^(?:ConfigError|DataError|CheckpointError): (?P<found>.*?)\n  where: (?P<where>.*?)\n  fix:   (?P<fix>[^\n]*)",
+    r"^(?:ConfigError|DataError|CheckpointError): (?P<found>.*?)\n  where: (?P<where>.*?)\n"
+    r"  fix:   (?P<fix>[^\n]*(?:\n {9}[^\n]+)*)",
     re.MULTILINE | re.DOTALL,
 )
 _OTHER_ERROR = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*$", re.MULTILINE)
@@ -131,7 +132,7 @@ def last_words(outcome: Outcome) -> tuple[str, str]:
     own = list(_OWN_ERROR.finditer(outcome.log))
     if own:
         last = own[-1]
-        return f"{' '.join(last['found'].split())} ({last['where']})", last["fix"]
+        return f"{' '.join(last['found'].split())} ({last['where']})", " ".join(last["fix"].split())
     killed = next((-code for code in outcome.codes if code is not None and code < 0), None)
     others = _OTHER_ERROR.findall(outcome.log)
     said = others[-1] if others else _tail_line(outcome.log)

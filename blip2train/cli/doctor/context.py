@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from blip2train.cli.doctor.launch import Launch, Meeting
 from blip2train.errors import ConfigError
+
+OWN_KEYS = ("out", "only", "skip", "steps", "shards", "check_minutes")
+"""What configs/doctor.yaml has and a training does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Facts:
 
     Args:
         trainable_parameters: of the model.
+        first_step: optimizer steps that the run has behind it.
         weight_bytes: of all its parameters, in the formats they are stored in.
         checkpoint_bytes: of one checkpoint.
         write_bytes_per_s: of the disk that the checkpoints go to, flushed.
@@ -71,6 +76,7 @@ class Facts:
     """
 
     trainable_parameters: int | None = None
+    first_step: int = 0
     weight_bytes: int | None = None
     checkpoint_bytes: int | None = None
     write_bytes_per_s: float | None = None
@@ -90,6 +96,7 @@ class Context:
         steps, shards: see configs/doctor.yaml.
         say: shows what a slow check is doing.
         built: the config that training would build (`features=` resolved); None until it is known.
+        resume: the checkpoint that the run would go on from.
         meeting: of the children of a check that all processes take part in.
         facts: measured so far.
     """
@@ -102,6 +109,7 @@ class Context:
     shards: int = 6
     say: Callable[[str], None] = lambda text: None
     built: DictConfig | None = None
+    resume: Path | None = None
     meeting: Meeting | None = None
     facts: Facts = field(default_factory=Facts)
 
@@ -112,6 +120,15 @@ class Context:
     @property
     def to_build(self) -> DictConfig:
         return self.config if self.built is None else self.built
+
+
+def of_training(config: DictConfig) -> DictConfig:
+    """A copy of the doctor's config without its own keys: what `train` would be given."""
+    plain = copy.deepcopy(config)
+    with open_dict(plain):
+        for key in OWN_KEYS:
+            del plain[key]
+    return plain
 
 
 def uses_gpu(config: DictConfig, gpus: int) -> bool:

@@ -29,7 +29,7 @@ def check_time(context: Context) -> Iterator[Row]:
         return
     ends = os.environ.get("SLURM_JOB_END_TIME", "")
     left = float(ends) - time.time() if ends.isdecimal() else None
-    yield judge_duration(facts.step, int(config.trainer.max_steps), left)
+    yield judge_duration(facts.step, int(config.trainer.max_steps) - facts.first_step, left)
     rate = None
     if facts.loader_samples_per_s is not None:
         readers = devices_per_node(config, num_gpus()) * int(config.trainer.get("num_nodes", 1))
@@ -40,17 +40,17 @@ def check_time(context: Context) -> Iterator[Row]:
         yield judge_saving(facts.checkpoint_bytes / facts.write_bytes_per_s, saving)
 
 
-def judge_duration(step: StepMeasure, max_steps: int, left: float | None) -> Row:
+def judge_duration(step: StepMeasure, num_steps: int, left: float | None) -> Row:
     """Seconds per step times steps: an estimate, and called one.
 
     Args:
         step: measured.
-        max_steps: of the run.
+        num_steps: that the run has before it.
         left: seconds until the scheduler ends this job, if it says so.
     """
-    whole = step.seconds * max_steps
+    whole = step.seconds * num_steps
     measured = (
-        f"{step.seconds:.3g} s per step: {max_steps:,} steps take about {in_words(whole)} "
+        f"{step.seconds:.3g} s per step: {num_steps:,} steps take about {in_words(whole)} "
         f"(estimated from {max(1, len(step.step_seconds) - 1)} steps)"
     )
     if left is not None and whole > left:

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blip2train.cli.doctor.child import Outcome, last_words, run_children
-from blip2train.cli.doctor.context import Context, StepMeasure
+from blip2train.cli.doctor.context import OWN_KEYS, Context, StepMeasure
 from blip2train.cli.doctor.row import Row
 from blip2train.run_dir import RunDir, read_json
 
 CHECK = "step"
-NOT_OF_TRAIN = ("out", "only", "skip", "steps", "shards", "check_minutes", "run_dir", "logger")
+NOT_OF_TRAIN = (*OWN_KEYS, "run_dir", "resume", "logger")
 """Keys that the doctor takes for itself, or sets for the steps it tries."""
 
 
@@ -25,7 +25,8 @@ def check_step(context: Context) -> Iterator[Row]:
     assert context.meeting is not None
     folder = Path(context.meeting.folder)
     measure, run = folder / "measure.json", folder / "run"
-    command = ["blip2train.cli.train", *training_arguments(context.arguments, run, measure, context.steps)]
+    arguments = training_arguments(context.arguments, run, measure, context.steps, context.resume)
+    command = ["blip2train.cli.train", *arguments]
     launched = context.launch.world > 1
     outcome = run_children(
         command,
@@ -47,7 +48,9 @@ def check_step(context: Context) -> Iterator[Row]:
     yield judge_checkpoint(RunDir(run))
 
 
-def training_arguments(arguments: Sequence[str], run: Path, measure: Path, steps: int) -> list[str]:
+def training_arguments(
+    arguments: Sequence[str], run: Path, measure: Path, steps: int, resume: Path | None = None
+) -> list[str]:
     """Arguments of a training as the one that was asked about, in another folder and stopped after some steps.
 
     Args:
@@ -55,12 +58,14 @@ def training_arguments(arguments: Sequence[str], run: Path, measure: Path, steps
         run: the run folder.
         measure: where the probe writes.
         steps: optimizer steps.
+        resume: the checkpoint that the run would go on from.
     """
     kept = [item for item in arguments if _key(item) not in NOT_OF_TRAIN]
     probe = {"_target_": "blip2train.callback.step_probe.StepProbe", "steps": str(steps), "out": quoted(str(measure))}
     return [
         *kept,
         f"run_dir={quoted(str(run))}",
+        f"resume={'never' if resume is None else quoted(str(resume))}",
         "logger=[]",
         *(f"+callback.doctor.{key}={value}" for key, value in probe.items()),
     ]
