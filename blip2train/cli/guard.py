@@ -64,6 +64,11 @@ class Guard:
             return None, exit_code.DONE
         return self._stop.signal_name or "signal on another rank", agreed.exit_code
 
+    @property
+    def heard(self) -> str | None:
+        """The first signal that this process has heard, also one that came too late to end the training."""
+        return self._stop.signal_name or None
+
     def leave_together(self) -> None:
         """The main rank last, for it notes how the run ended."""
         if self._interrupt.last_word is not None:

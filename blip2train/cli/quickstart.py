@@ -22,6 +22,7 @@ from blip2train.cli.config import compose, run_verb
 from blip2train.cli.evaluate import evaluate
 from blip2train.cli.train import train
 from blip2train.errors import ConfigError, DataError
+from blip2train.exit_code import REQUEUE
 from blip2train.run_dir import RunDir, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,8 @@ def _train(config: DictConfig, experiment: str, run: RunDir, overrides: list[str
         f"optim.warmup_steps={min(60, steps // 4)}",
     ]
     outcome = train(compose("train", own + list(overrides)), run)
+    if outcome.exit_code == REQUEUE:
+        raise SystemExit(REQUEUE)
     if outcome.stopped_by:
         raise KeyboardInterrupt
 

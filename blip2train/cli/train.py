@@ -40,9 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
-    """How a training ended: the last optimizer step, and the signal that stopped it early, if any.
+    """How a training ended.
 
     Args:
+        run: its folder.
+        step: the last optimizer step.
+        stopped_by: the signal that was heard, also one that came after the last step.
         exit_code: for the process, see `blip2train.exit_code`.
     """
 
@@ -135,7 +138,7 @@ def _train(config: DictConfig, built: DictConfig, run: RunDir, guard: Guard) -> 
         _note_outcome(run, trainer, notes, stopped_by)
     if code:
         guard.leave_together()
-    return TrainOutcome(run, trainer.global_step, stopped_by, code)
+    return TrainOutcome(run, trainer.global_step, stopped_by or guard.heard, code)
 
 
 def adopt_vision_encoder(config: DictConfig) -> None:
