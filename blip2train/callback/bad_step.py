@@ -157,7 +157,7 @@ def _report(
     trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     temperature = getattr(pl_module.model, "temperature", None)
-    held = None if temperature is None else local_part(temperature.detach()).reshape(-1)[:1]  # may be another's shard
+    held = None if temperature is None else local_part(temperature).reshape(-1)[:1]  # may be another's shard
     return {
         "step": step.number,
         "found": _in_short(ranks).removeprefix(": "),

@@ -83,16 +83,16 @@ def bad_rows(value: Tensor) -> list[int]:
 
 def is_finite(value: Tensor) -> bool:
     """Whether this process's part of a tensor is free of NaN and infinity; integers and 8-bit formats count as such."""
-    local = local_part(value.detach())
+    local = local_part(value)
     if not local.is_floating_point() or local.dtype.itemsize == 1:  # torch cannot ask an 8-bit number
         return True
     return bool(torch.isfinite(local).all())
 
 
 def local_part(value: Tensor) -> Tensor:
-    """What this process holds of a parameter or gradient: the shard under FSDP2 and ZeRO-3, else the whole."""
+    """What this process holds of a parameter or gradient, detached: the shard under FSDP2 and ZeRO-3, or the whole."""
     if hasattr(value, "to_local"):
-        local: Tensor = value.to_local()
+        local: Tensor = value.detach().to_local()  # type: ignore[attr-defined]
         return local
-    shard: Tensor | None = getattr(value, "ds_tensor", None)
-    return value if shard is None else shard
+    shard: Tensor | None = getattr(value, "ds_tensor", None)  # of the parameter itself: a detached one has none
+    return (value if shard is None else shard).detach()

@@ -41,7 +41,7 @@ class WeightWatch:
 def _parameters(model: nn.Module, *, trainable: bool) -> list[tuple[str, Tensor]]:
     """Name and local part; parts that are empty on this process are another's to watch."""
     found = [
-        (name, local_part(parameter.detach()))
+        (name, local_part(parameter))
         for name, parameter in model.named_parameters()
         if parameter.requires_grad == trainable
     ]

@@ -75,3 +75,17 @@ def test_weights_of_eight_bits_are_watched_too() -> None:
     assert weights.moved(parts) == []
     parts["frozen"].weight.data.view(torch.uint8).bitwise_xor_(1)
     assert weights.moved(parts) == ["frozen.weight"]
+
+
+def test_of_a_parameter_that_zero_3_has_sharded_the_shard_is_watched() -> None:
+    """DeepSpeed empties the parameter between uses and keeps this process's shard as an attribute of it."""
+    parts = model()
+    for parameter in parts.parameters():
+        parameter.ds_tensor = parameter.detach().flatten()[: parameter.numel() // 2].clone()
+        parameter.data = torch.empty(0)
+    weights = WeightWatch(parts)
+    assert weights.moved(parts) == [] and len(weights.still(parts)) == 4
+    parts["frozen"].weight.ds_tensor.mul_(1.001)
+    parts["trained"].weight.ds_tensor.mul_(1.001)
+    assert weights.moved(parts) == ["frozen.weight"]
+    assert weights.still(parts) == ["trained.bias", "idle.weight", "idle.bias"]
