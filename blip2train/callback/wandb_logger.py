@@ -13,6 +13,7 @@ from typing import Any
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir
 
 
@@ -39,13 +40,34 @@ class WandbRunLogger(WandbLogger):
 
     @property
     def experiment(self) -> Any:
-        """The wandb run; made, and its id claimed, at the first look. A stand-in that does nothing on other ranks."""
+        """The wandb run, made at the first look; a stand-in that does nothing on other ranks.
+
+        Raises:
+            ConfigError: wandb refuses, for want of a login or of its server.
+        """
         if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
-            self._wandb_init["id"] = self._id = self._claim_id()
-            self._first_step = super().experiment.step
-            if super().experiment.offline:
-                self._repeat()
+            self._open()
         return super().experiment
+
+    def _open(self) -> None:
+        from wandb.errors import Error
+
+        path = self._folder.wandb_id_path
+        path.parent.mkdir(parents=True, exist_ok=True)  # else wandb writes to the system's temporary folder
+        known = path.read_text(encoding="utf-8").strip() if self._resume_step and path.is_file() else ""
+        self._wandb_init["id"] = self._id = known or secrets.token_hex(4)
+        try:
+            run = super().experiment
+        except Error as error:
+            raise ConfigError(
+                f"wandb: {error}",
+                where="logger.wandb",
+                fix="`wandb login`, or logger.wandb.offline=true and sync later",
+            ) from error
+        path.write_text(f"{self._id}\n", encoding="utf-8")
+        self._first_step = run.step
+        if run.offline:
+            self._repeat()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -60,13 +82,6 @@ class WandbRunLogger(WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
             self._experiment = None
-
-    def _claim_id(self) -> str:
-        path = self._folder.wandb_id_path
-        if not self._resume_step or not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        return path.read_text(encoding="utf-8").strip()
 
     def _repeat(self) -> None:
         for row in self._folder.read_metrics():

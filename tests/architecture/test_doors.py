@@ -34,7 +34,7 @@ DOORS = {
     "jinja2": ("report/page.py",),
     "peft": ("model/language_model/",),
     "open_clip": ("capfilt/ranker_open_clip.py",),
-    "wandb": (),
+    "wandb": ("callback/wandb_logger.py",),
     "deepspeed": ("strategy/",),
     "lightning": (),
 }

@@ -10,6 +10,7 @@ from test_resume import cut
 
 from blip2train.callback.wandb_logger import WandbRunLogger
 from blip2train.cli.run_log import shown_settings
+from blip2train.errors import ConfigError
 from blip2train.run_dir import RunDir, read_json
 
 SETTINGS = ("checkpoint.every_steps=3", "checkpoint.keep_last=0", "trainer.max_steps=6", "logger=[tensorboard,wandb]")
@@ -94,41 +95,60 @@ def test_wandb_offline_is_one_run_whose_newest_segment_is_whole(runs: tuple[RunD
     same(wandb_rows(segments[-1]), resumed, rel=1e-12)
 
 
-def test_a_new_run_is_new_to_wandb_even_in_the_folder_of_one_that_never_got_far(tmp_path: Path) -> None:
-    ids = []
-    for step in (0, 0, 3, 3):
-        logger = WandbRunLogger(str(tmp_path), resume_step=step)
-        ids.append(logger._claim_id())
-    assert ids[0] != ids[1] == ids[2] == ids[3] and len(ids[0]) == 8
+class Server:
+    """wandb that holds steps up to 5; `wandb.init` and its run in one."""
+
+    step, offline = 6, False
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.rows: list[tuple[int, float]] = []
+        self.codes: list[int] = []
+
+    def init(self, **given: Any) -> "Server":
+        self.started.append(given)
+        return self
+
+    def log(self, row: dict[str, float], step: int, commit: bool) -> None:
+        assert commit
+        self.rows.append((step, row["a"]))
+
+    def finish(self, exit_code: int) -> None:
+        self.codes.append(exit_code)
 
 
 def test_wandb_online_goes_on_in_the_run_and_logs_no_step_twice(tmp_path: Path, monkeypatch) -> None:
-    started: dict[str, Any] = {}
-    rows: list[tuple[int, float]] = []
-
-    class Server:
-        step, offline = 6, False  # it holds steps up to 5; the last checkpoint was at 3
-
-        def log(self, row: dict[str, float], step: int, commit: bool) -> None:
-            assert commit
-            rows.append((step, row["a"]))
-
-        def finish(self, exit_code: int) -> None:
-            started["code"] = exit_code
-
-    monkeypatch.setattr("wandb.init", lambda **given: started.update(given) or Server())
+    server = Server()
+    monkeypatch.setattr("wandb.init", server.init)
     RunDir(tmp_path).wandb_id_path.write_text("0123abcd\n")
     logger = WandbRunLogger(str(tmp_path), resume_step=3, offline=False, project="p")
     for step in range(4, 8):
         logger.log_metrics({"a": step / 10}, step=step)
     logger.finalize("failed")
-    assert rows == [(6, 0.6), (7, 0.7)]
-    assert (started["id"], started["resume"], started["dir"], started["code"]) == (
-        "0123abcd",
-        "allow",
-        str(tmp_path),
-        1,
-    )
+    assert server.rows == [(6, 0.6), (7, 0.7)] and server.codes == [1]
+    (given,) = server.started
+    assert (given["id"], given["resume"], given["dir"]) == ("0123abcd", "allow", str(tmp_path))
+
+
+def test_a_new_run_is_new_to_wandb_even_in_the_folder_of_one_that_never_got_far(tmp_path: Path, monkeypatch) -> None:
+    server = Server()
+    monkeypatch.setattr("wandb.init", server.init)
+    for step in (0, 0, 3, 3):
+        _ = WandbRunLogger(str(tmp_path), resume_step=step).experiment
+    first, *others = (given["id"] for given in server.started)
+    assert len(set(others)) == 1 and first != others[0] and len(first) == 8
+
+
+def test_wandb_without_a_login_is_a_mistake_that_says_what_to_do(tmp_path: Path, monkeypatch) -> None:
+    from wandb.errors import UsageError
+
+    def refuse(**_: Any) -> None:
+        raise UsageError("No API key configured.")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    with pytest.raises(ConfigError, match="No API key") as caught:
+        _ = WandbRunLogger(str(tmp_path), resume_step=0, offline=False).experiment
+    assert "logger.wandb.offline=true" in str(caught.value) and not RunDir(tmp_path).wandb_id_path.exists()
 
 
 def test_the_table_beside_the_jsonl_is_always_there(stage1_run: RunDir) -> None:
