@@ -80,7 +80,9 @@ class Stage2Module(pl.LightningModule):
     def training_step(self, batch: Stage2Batch, batch_idx: int) -> StepOutput:
         assert self.model is not None
         seed_batch(self.seed, self.trainer.fit_loop.total_batch_idx, distributed.rank())
-        output = self.objective(self.model(batch), global_means=self.global_means)
+        # forward by name, without the model's hooks: ZeRO-3 holds weights that are used outside their own module for as
+        # long as the innermost module whose output it understands, and that must be this step
+        output = self.objective(self.model.forward(batch), global_means=self.global_means)
         metrics = {"train/loss": output.loss.detach(), "train/lm_loss": output.loss.detach()}
         return StepOutput(loss=output.loss, metrics=metrics | prefixed("lm", output.metrics), samples=len(batch))
 
