@@ -68,8 +68,11 @@ def _judge(console: Console, config: DictConfig, peak: float, limit: float) -> N
 
 
 def _less_memory(config: DictConfig) -> str:
-    fewer = " (ITC then sees fewer negatives)" if stage_number(config) == 1 else ""
-    ways = [f"a smaller data.batch_size with more trainer.accumulate_grad_batches{fewer}"]
+    ways = ["a smaller data.batch_size with more trainer.accumulate_grad_batches"]
+    if stage_number(config) == 1:
+        smaller = (config.stage.micro_batch_size or device_batch(config)) // 2
+        ways[0] += " (ITC then sees fewer negatives)"
+        ways[:0] = [f"stage.micro_batch_size={smaller} (loss and gradient stay the same)"] if smaller else []
     if not config.model.qformer.get("checkpoint_activations", False):
         ways.append("model.qformer.checkpoint_activations=true")
     sharing = read_sharing(config)
