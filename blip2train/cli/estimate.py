@@ -121,7 +121,7 @@ def read_sharing(config: DictConfig) -> Sharing:
             devices,
             zero_stage=int(strategy.stage),
             offload=bool(strategy.get("offload_optimizer", False)),
-            bucket_elements=int(strategy.get("bucket_elements", Sharing.bucket_elements)),
+            bucket_elements=int(strategy.get("bucket_elements", Sharing().bucket_elements)),
         )
     return Sharing(devices, fsdp2=name == FSDP2)
 
