@@ -1,7 +1,7 @@
 """A SLURM cluster of one machine without GPUs: sbatch, srun, squeue, sacct and scontrol as scripts in a folder.
 
-`srun` starts SLURM_NTASKS_PER_NODE local tasks with the variables of real ones, passes SIGUSR1 and SIGTERM on, kills
-the other tasks as soon as one fails, and returns the highest exit code, as with --kill-on-bad-exit=1.
+`srun` starts SLURM_NTASKS_PER_NODE local tasks with the variables of real ones, passes SIGUSR1 and SIGTERM on, and
+returns the highest exit code, 128 and the signal for a task that was killed.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 SRUN = """#!{python}
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys
 arguments = sys.argv[1:]
 output = None
 while arguments[0].startswith("-"):
@@ -25,14 +25,7 @@ for rank in range(number):
     tasks.append(subprocess.Popen(arguments, env=os.environ | place, stdout=log, stderr=log))
 for signum in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(signum, lambda number, frame: [task.send_signal(number) for task in tasks])
-while all(task.poll() is None or task.returncode == 0 for task in tasks) and any(task.poll() is None for task in tasks):
-    time.sleep(0.05)
-failed = max(task.returncode or 0 for task in tasks)
-for task in tasks:
-    if failed and task.poll() is None:
-        task.kill()
-        sys.stderr.write("srun: killed a task that was not done\\n")
-sys.exit(max(256 + code if code < 0 else code for code in (task.wait() for task in tasks)))
+sys.exit(max(128 - code if code < 0 else code for code in [task.wait() for task in tasks]))
 """
 SBATCH = """#!/bin/bash
 echo "sbatch $*" >> {folder}/calls

@@ -27,7 +27,7 @@ from blip2train.callback.heartbeat import (
     stack_path,
     write_heartbeat,
 )
-from blip2train.callback.stop_signal import PARENT_AT_START, leave_now
+from blip2train.callback.stop_signal import LEAVE_SECONDS, PARENT_AT_START, leave_now
 from blip2train.run_dir import RunDir, write_json
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,8 @@ class WatchdogCallback(pl.Callback):
     def _leave_with_parent(self) -> None:
         while os.getppid() == PARENT_AT_START:
             time.sleep(PARENT_SECONDS)
+        if self._stop.is_set():
+            time.sleep(LEAVE_SECONDS)  # it has failed by itself and is about to say why
         log.warning("rank %d: the process that started it is gone; leaving", self._rank)
         watch = Watch(self.run.ranks, self._world, self._host, SILENT_BEATS * self.heartbeat_seconds)
         wrong = watch.look(time.monotonic(), final=True)

@@ -90,9 +90,8 @@ class Guard:
         from blip2train.peers import is_lost_peer
 
         if is_out_of_memory(error):
-            log.error("out of memory in %s; estimating what this config needs", self._watchdog.doing)
             self._watchdog.leave(exit_code.USER_ERROR, "out of memory")
-            raise out_of_memory(self._config, self._watchdog.doing, error) from error
+            raise out_of_memory(self._config, self._watchdog.doing, error, alone=world_size() == 1) from error
         if world_size() > 1 and is_lost_peer(error):
             log.error("a collective has failed: %s", str(error).strip().splitlines()[0])
             code = self._watchdog.why_lost()

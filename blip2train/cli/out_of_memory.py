@@ -16,7 +16,7 @@ from blip2train.cli.config import resolved_yaml
 from blip2train.errors import Blip2TrainError, ConfigError
 
 ESTIMATE_SECONDS = 90.0
-"""Other ranks wait meanwhile; ViT-g with OPT-6.7B takes a third of it on one core."""
+"""Of seconds that a real size takes on a free core, many times over."""
 _CPU_SIGNS = ("can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -34,19 +34,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def out_of_memory(config: DictConfig, doing: str, error: BaseException) -> ConfigError:
+def out_of_memory(config: DictConfig, doing: str, error: BaseException, *, alone: bool = True) -> ConfigError:
     """The error to show instead of the allocator's.
 
     Args:
         config: of the training.
         doing: what it was at, in words.
         error: the allocator's.
+        alone: no other rank waits meanwhile: there is time for the estimate.
     """
     said = str(error).strip().splitlines() or [type(error).__name__]
-    needs = estimated_peak(config)
-    estimate = f"the estimate of this config is {needs}" if needs else "no estimate of this config within its time"
+    needs = estimated_peak(config) if alone else None
+    estimate = f"the estimate of this config is {needs}; line by line" if needs else "what this config needs"
     return ConfigError(
-        f"out of memory in {doing}: {said[0]}\n  {estimate}; line by line: {estimate_command()}",
+        f"out of memory in {doing}: {said[0]}\n  {estimate}: {estimate_command()}",
         where="data.batch_size, model, trainer",
         fix="\n         ".join(["one or more of these, most effective first:", *settings_to_turn(config)]),
     )

@@ -26,7 +26,7 @@ DOORS = {
     ),
     "pytorch_lightning": (
         *("stage/", "data/datamodule.py", "callback/", "strategy/"),
-        *("cli/train.py", "cli/run_log.py", "cli/quickstart.py", "cli/doctor/launch.py"),
+        *("cli/train.py", "cli/guard.py", "cli/run_log.py", "cli/quickstart.py", "cli/doctor/launch.py"),
     ),
     "huggingface_hub": ("cli/doctor/hub.py", "checkpoint/huggingface_config.py"),
     "pycocoevalcap": ("metric/caption.py",),
