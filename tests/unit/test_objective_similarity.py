@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from blip2train.objective.similarity import query_text_similarity
+from blip2train.objective.similarity import query_likeness, query_text_similarity
 
 
 def _features(images: int = 4, texts: int = 5, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,3 +42,16 @@ def test_stays_in_float32_under_autocast_and_keeps_float64() -> None:
 
 def test_one_image_one_query_one_text_keep_their_dimensions() -> None:
     assert query_text_similarity(torch.ones(1, 1, 2), torch.ones(1, 2)).shape == (1, 1)
+
+
+def test_likeness_of_queries_is_the_mean_cosine_of_their_pairs() -> None:
+    features = F.normalize(torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)).double(), dim=-1)
+    pairs = [features[m, a] @ features[m, b] for m in range(3) for a in range(5) for b in range(5) if a != b]
+    assert torch.isclose(query_likeness(features), torch.stack(pairs).mean(), atol=1e-12)
+
+
+def test_likeness_is_one_for_queries_that_agree_and_for_a_single_one() -> None:
+    same = F.normalize(torch.ones(2, 1, 4), dim=-1)
+    assert abs(query_likeness(same.expand(2, 6, 4)).item() - 1.0) < 1e-6
+    assert query_likeness(same).item() == 1.0
+    assert not query_likeness(same.requires_grad_()).requires_grad
