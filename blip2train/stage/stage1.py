@@ -67,9 +67,9 @@ class Stage1Module(pl.LightningModule):
             raise ConfigError(
                 "stage 1 has no objective left", where="stage.objectives", fix="keep one of itc, itm, itg"
             )
-        if micro_batch_size is not None and micro_batch_size < 1:
+        if micro_batch_size is not None and (type(micro_batch_size) is not int or micro_batch_size < 1):
             raise ConfigError(
-                f"micro_batch_size is {micro_batch_size}",
+                f"micro_batch_size is {micro_batch_size!r}",
                 where="stage.micro_batch_size",
                 fix="give 1 or more pairs, or null for the whole batch at once",
             )

@@ -170,6 +170,7 @@ def test_without_gradients_nothing_is_run_again() -> None:
     assert calls == [2, 3]
 
 
-def test_a_micro_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="micro_batch_size is 0"):
-        Stage1Module(build_model=tiny_stage1, objectives=OBJECTIVES, build_optim=lambda _: None, micro_batch_size=0)  # type: ignore[arg-type, return-value]
+@pytest.mark.parametrize("size", [0, -3, 2.5, True, "all"])
+def test_a_micro_batch_that_is_no_number_of_pairs_is_refused(size: Any) -> None:
+    with pytest.raises(ConfigError, match="micro_batch_size is"):
+        Stage1Module(build_model=tiny_stage1, objectives=OBJECTIVES, build_optim=lambda _: None, micro_batch_size=size)  # type: ignore[arg-type, return-value]
