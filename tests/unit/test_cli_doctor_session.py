@@ -1,6 +1,8 @@
 """A check that breaks is a row and not the end; rows of several machines come together; children leave nothing."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from blip2train.cli.config import compose
 from blip2train.cli.doctor import session
 from blip2train.cli.doctor.child import Outcome, last_words, run_children
 from blip2train.cli.doctor.context import Context
-from blip2train.cli.doctor.launch import Launch, Meeting, free_port
+from blip2train.cli.doctor.launch import Launch, Meeting, free_port, join_launch
 from blip2train.cli.doctor.row import Row, merge_nodes, run_apart, worst
 from blip2train.cli.doctor.session import Check, choose, run_checks
 from blip2train.cli.doctor.step import quoted, training_arguments
@@ -135,6 +137,20 @@ def test_a_process_that_is_gone_does_not_hang_the_others() -> None:
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
     with pytest.raises(ConfigError, match="waited"):
         Launch(0, 2, 0, store=store, timeout_s=0.3).gather("alone")
+
+
+def test_a_slurm_job_without_tasks_per_node_is_refused_as_training_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"PROCID": "1", "NTASKS": "2", "LOCALID": "1", "JOB_ID": "4711", "JOB_NAME": "x"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ConfigError, match="ntasks-per-node"):
+        join_launch(1.0)
+
+
+def test_help_waits_for_no_torch() -> None:
+    code = "import sys, blip2train.cli.doctor.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_children_of_a_launch_meet_elsewhere_than_the_launcher() -> None:

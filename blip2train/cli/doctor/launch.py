@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from blip2train import distributed
 from blip2train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,6 +94,8 @@ def join_launch(timeout_s: float) -> Launch:
     Raises:
         ConfigError: the others did not come.
     """
+    from blip2train import distributed
+
     rank, world, local_rank = distributed.launched_as()
     if world == 1:
         return Launch()
@@ -131,7 +132,12 @@ def _meeting_place() -> tuple[str, int]:
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
-    slurm = SLURMEnvironment()
+    try:
+        slurm = SLURMEnvironment()
+    except RuntimeError as error:
+        raise ConfigError(
+            str(error).splitlines()[0], where="srun", fix="sbatch --nodes=N --ntasks-per-node=DEVICES, then srun"
+        ) from error
     return slurm.main_address, slurm.main_port
 
 
