@@ -41,8 +41,8 @@ class Stage1Module(pl.LightningModule):
             gradient of one rank with the whole batch; False detaches them as LAVIS does.
         global_means: every pair and every token of the global batch weighs the same; False: each rank takes its own
             mean, as in LAVIS.
-        micro_batch_size: pairs that the Q-Former takes at a time; loss and gradient stay those of the whole batch. Costs
-            one more forward pass and saves the activations of the other pairs. None: all at once.
+        micro_batch_size: pairs that the Q-Former takes at a time; loss and gradient stay those of the whole batch.
+            Costs one more forward pass and saves the activations of the other pairs. None: all at once.
         seed: of the initial weights, dropout and hard negatives.
         load_weights: fills the fresh model (resume); None keeps the initial weights.
     """
