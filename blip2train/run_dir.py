@@ -12,7 +12,8 @@ ranks/rank-<N>.json                  each process's last heartbeat; rank-<N>.sta
 stuck.json                           of a run that went on no more: which rank kept the others waiting
 dropped.jsonl                        one object per record that could not be used: dataset, cause, shard, key
 data_report.json                     where too many of them stopped the run: counts and examples by source and cause
-checkpoints/                         trainable weights (safetensors) with the optimizer state beside them
+checkpoints/step-N/                  trainable weights (safetensors), the optimizer state, metadata.json with checksums
+checkpoints/superseded-N/            those that a resume at an older one left behind; damaged-N/: those passed over
 eval/<benchmark>/metrics.json        name -> number
 eval/<benchmark>/predictions.jsonl   one object per prediction
 eval/<benchmark>/images/<key>.jpg    small pictures of the records that the report may show (key percent-encoded)

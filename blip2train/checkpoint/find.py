@@ -99,7 +99,7 @@ def damaged_error(folder: Path, found: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         f"{folder.name} is damaged: {'; '.join(found)}",
         where=str(folder),
-        fix='name another checkpoint, or "last" for the last one that is whole',
+        fix="name another one, or take the last that is whole (checkpoint=last, resume=auto)",
     )
 
 
