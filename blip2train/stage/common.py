@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from blip2train import distributed
 from blip2train.model.freezing import set_aside
 from blip2train.model.idle import idle_parameters
 
@@ -63,6 +64,7 @@ def prepare_weights(module: pl.LightningModule, model: nn.Module, loss: Callable
     idle = idle_parameters(model, loss)
     if idle:
         set_aside(model, idle)
+    if idle and distributed.is_main():
         log.info("not trained by any loss of this run, kept as they are: %s", summarize_names(idle))
     if module.device_mesh is not None:  # the strategy is FSDP2
         from blip2train.model.sharding import shard
