@@ -30,9 +30,9 @@ sys.exit(max(128 - code if code < 0 else code for code in [task.wait() for task 
 SBATCH = """#!/bin/bash
 echo "sbatch $*" >> {folder}/calls
 cp "${{@: -1}}" {folder}/batch.sh
-(env SLURM_JOB_ID=4242 SLURM_NNODES=1 SLURM_JOB_NUM_NODES=1 \
+(sleep 2; env SLURM_JOB_ID=4242 SLURM_NNODES=1 SLURM_JOB_NUM_NODES=1 \
  SLURM_NTASKS_PER_NODE=$(sed -n 's/#SBATCH --ntasks-per-node=//p' "${{@: -1}}") \
- bash {folder}/batch.sh > {folder}/batch.log 2>&1; echo "$?" > {folder}/ended) &
+ bash {folder}/batch.sh > {folder}/batch.log 2>&1; echo "$?" > {folder}/ended) > /dev/null 2>&1 &
 echo "Submitted batch job 4242"
 """
 SACCT = """#!/bin/bash
