@@ -91,6 +91,11 @@ SIZES = {
     "blip2train train experiment=photos_stage1 'data.datasets.photos.urls=[data/captioned]' "
     "features=outputs/features": Size((*FEW_STEPS, *TOKENIZER)),
     "blip2train show order experiment=photos_stage1 steps=1..3": Size(TOKENIZER),
+    "blip2train doctor experiment=microworld_stage1": Size(("data.batch_size=8", "num_threads=1")),
+    "blip2train train experiment=microworld_stage1 trainer=ddp trainer.accelerator=cpu trainer.devices=2 "
+    "trainer.precision=32-true run_dir=outputs/two": Size(
+        FEW_STEPS, ("outputs/two/checkpoints/step-0000004/model.safetensors", "outputs/two/metrics.csv")
+    ),
     "blip2train train experiment=paper/stage1_vitg trainer.devices=16 paths.data=/datasets": Size(COMPOSE_ONLY),
     "blip2train train experiment=paper/stage2_vitg_opt_2_7b trainer.devices=16 paths.data=/datasets "
     "init_from=outputs/paper_stage1_vitg/ID": Size(COMPOSE_ONLY),
