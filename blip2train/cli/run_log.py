@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from blip2train import distributed
 from blip2train.cli import check
 from blip2train.cli.config import build
 from blip2train.errors import ConfigError
@@ -47,6 +46,8 @@ def chance_levels(config: DictConfig, data: BlipDataModule) -> dict[str, float]:
     To be asked once training has its processes: Lightning may decide their number, and with it how many pairs an image
     is told from.
     """
+    from blip2train import distributed
+
     vocab_size = data.collator.tokenizer.vocab_size  # type: ignore[attr-defined]  # of whatever collates texts
     if check.stage_number(config) == 2:
         return {"train/lm_loss": chance_level("lm", vocab_size=vocab_size)}

@@ -16,6 +16,7 @@ from blip2train.cli.config import (
     require_filled,
     resolved_yaml,
 )
+from blip2train.cli.main import VERBS
 from blip2train.errors import ConfigError
 
 
@@ -90,6 +91,14 @@ def test_help_is_quick_and_names_every_verb() -> None:
     for verb in ("train", "evaluate", "show", "report", "data", "quickstart", "microworld"):
         assert verb in done.stdout
     assert "torch" not in done.stderr and "hydra" not in done.stderr
+
+
+def test_help_of_a_verb_waits_for_no_torch() -> None:
+    modules = [f"blip2train.cli.{verb}{'.__main__' if verb == 'doctor' else ''}" for verb in VERBS]
+    code = f"import sys, importlib as i; [i.import_module(name) for name in {modules}]; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"blip2train.cli.train"} <= {*done.stdout.split()}
+    assert not {"torch", "numpy", "transformers", "pytorch_lightning"} & {*done.stdout.split()}
 
 
 def test_unknown_verb_suggests_the_closest() -> None:
