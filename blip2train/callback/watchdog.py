@@ -203,8 +203,11 @@ class WatchdogCallback(pl.Callback):
 
     def _give_up(self, watch: Watch, waited: float) -> None:
         """Write the stacks, let the others do the same, report once, end the process."""
-        with stack_path(self.run.ranks, self._rank).open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            with stack_path(self.run.ranks, self._rank).open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:  # a full disk must not keep a stuck run from leaving
+            log.error("no stacks: %s", error)
         self._write()
         time.sleep(2 * self.heartbeat_seconds)
         wrong = watch.look(time.monotonic(), final=True)

@@ -120,10 +120,28 @@ def test_a_process_that_was_stopped_itself_is_not_stuck(tmp_path: Path) -> None:
     while not (tmp_path / "ranks" / "rank-00000.json").exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(2.5)
     os.kill(process.pid, signal.SIGCONT)
     time.sleep(0.8)
     assert process.is_alive()
     process.join(20)
     assert process.exitcode == 75, "and a real hang afterwards is found still"
     assert json.loads((tmp_path / "stuck.json").read_text())["behind"] == [0]
+
+
+def lone_run_on_a_bad_disk(folder: str) -> None:
+    watchdog = WatchdogCallback(RunDir(Path(folder)), **FAST)
+    trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0)
+    watchdog.setup(trainer, None, "fit")
+    (Path(folder) / "ranks").write_text("no folder can be made here")
+    watchdog.on_train_start(trainer, None)
+    time.sleep(60)
+
+
+def test_a_stuck_run_leaves_also_where_nothing_can_be_written(tmp_path: Path) -> None:
+    process = CONTEXT.Process(target=lone_run_on_a_bad_disk, args=(str(tmp_path),))
+    process.start()
+    process.join(20)
+    code = process.exitcode
+    process.kill()
+    assert code == 75
