@@ -140,7 +140,8 @@ class CheckpointCallback(pl.Callback):
         self._last_time, self._said_late, self._retry_at = time.monotonic(), False, None
         if error is not None:
             self._retry_at = step + self.retry_steps
-            self._say("%s\n  training goes on; step %d tries again", error, self._retry_at)
+            in_turn = step - step % self.every_steps + self.every_steps if self.every_steps else self._retry_at
+            self._say("%s\n  training goes on; step %d tries again", error, min(self._retry_at, in_turn))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self._saved_step:

@@ -102,7 +102,7 @@ def test_full_disk_is_refused_before_the_first_step(laboratory, tmp_path: Path, 
         laboratory.train("microworld_stage1", tmp_path / "run")
 
 
-def test_disk_that_fills_up_keeps_the_last_whole_checkpoint(laboratory, tmp_path: Path, monkeypatch) -> None:
+def test_disk_that_fills_up_costs_a_checkpoint_and_not_the_run(laboratory, tmp_path: Path, monkeypatch, caplog) -> None:
     from blip2train.checkpoint import io
 
     genuine, calls = io.save_file, []
@@ -114,9 +114,12 @@ def test_disk_that_fills_up_keeps_the_last_whole_checkpoint(laboratory, tmp_path
         return genuine(*arguments, **options)
 
     monkeypatch.setattr(io, "save_file", fills_up)
-    with pytest.raises(Blip2TrainError, match="the disk is full"):
-        laboratory.train("microworld_stage1", tmp_path / "run", "checkpoint.every_steps=2")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    every_step = ("checkpoint.every_steps=1", "checkpoint.keep_last=0")
+    outcome = laboratory.train("microworld_stage1", tmp_path / "run", *every_step)
+    assert (outcome.step, outcome.exit_code) == (4, 0)
+    assert "the disk is full" in caplog.text and "training goes on; step 3 tries again" in caplog.text
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-0000001", "step-0000003", "step-0000004"]
 
 
 def test_packing_skips_and_names_what_is_no_image(tmp_path: Path) -> None:
