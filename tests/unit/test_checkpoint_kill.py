@@ -70,10 +70,14 @@ def killed_before_call(run: RunDir, number: int, step: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "again",
-    [pytest.param(False, id="a new one"), pytest.param(True, id="one that is there", marks=pytest.mark.slow)],
+    ("again", "stride"),
+    [
+        pytest.param(False, 5, id="a new one, every fifth call"),
+        pytest.param(False, 1, id="a new one", marks=pytest.mark.slow),
+        pytest.param(True, 1, id="one that is there", marks=pytest.mark.slow),
+    ],
 )
-def test_a_kill_before_any_call_leaves_a_whole_checkpoint(tmp_path: Path, again: bool) -> None:
+def test_a_kill_before_any_call_leaves_a_whole_checkpoint(tmp_path: Path, again: bool, stride: int) -> None:
     number, seen = 1, set()
     while True:
         run = RunDir(tmp_path / str(number))
@@ -88,7 +92,7 @@ def test_a_kill_before_any_call_leaves_a_whole_checkpoint(tmp_path: Path, again:
         write(run, 2)
         assert check(run) == 2
         assert [path.name for path in run.checkpoints.iterdir()] == ["step-0000002"], "nothing is left lying about"
-        number += 1
+        number += stride
     assert seen == {1, 2} and number > 20, "kills came before and after the checkpoint had its name"
 
 
@@ -104,7 +108,7 @@ def test_kills_at_random_moments_never_cost_more_than_the_one_being_written(tmp_
             write(run, step, size=20_000)
 
     before = 2
-    for _ in range(15):
+    for _ in range(8):
         child = child_that(write_on)
         time.sleep(rng.uniform(0.0, 5 * seconds))
         os.kill(child, signal.SIGKILL)
