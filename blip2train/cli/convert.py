@@ -1,4 +1,4 @@
-"""`blip2train convert from=lavis|huggingface|blip2train to=... source=... target=...`: weights in, and out again.
+"""`blip2train convert from=lavis|huggingface|sharded|blip2train to=... source=... target=...`: weights in, and out.
 
 Every direction goes through our own form, a run folder (checkpoint/converted.py), so two formats need two readers and
 two writers. The target appears only when all of it is written and checked.
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from omegaconf import DictConfig, OmegaConf
 
 from blip2train.cli.config import compose, quiet_libraries, require_filled, resolved_yaml, run_verb
-from blip2train.errors import ConfigError
+from blip2train.errors import CheckpointError, ConfigError
 from blip2train.run_dir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from blip2train.checkpoint.converted import ConversionReport
 
@@ -34,8 +34,11 @@ DIRECTIONS = {
     (OURS, "lavis"): "convert_lavis.to_lavis",
     ("huggingface", OURS): "convert_huggingface.from_huggingface",
     (OURS, "huggingface"): "convert_huggingface.to_huggingface",
+    ("sharded", OURS): "convert_sharded.from_sharded",
 }
-"""Between two names: the function, by module in blip2train/cli. Others go through our own form."""
+"""Between two names: the function, by module in blip2train/cli. Others go through our own form.
+
+Nothing is made sharded: a checkpoint of ours is whole and loads under every strategy."""
 
 LAVIS_FILE = Path("model.pth")
 """What a LAVIS target folder holds; a target= that ends like it is that file itself."""
@@ -95,14 +98,14 @@ def plan(config: DictConfig) -> list[str]:
         ConfigError: a value is not set, or names no format.
     """
     missing = [key for key in OWN_KEYS if OmegaConf.is_missing(config, key)]
-    formats = sorted({name for pair in DIRECTIONS for name in pair})
-    usage = f"from=NAME to=NAME with {', '.join(formats)}; source=FILE_OR_FOLDER target=FOLDER"
+    sources, targets = (sorted({pair[side] for pair in DIRECTIONS}) for side in (0, 1))
+    usage = f"from= one of {', '.join(sources)}; to= one of {', '.join(targets)}; source=FILE_OR_FOLDER target=FOLDER"
     if missing:
         raise ConfigError(f"not set: {', '.join(missing)}", where=", ".join(missing), fix=usage)
     start, end = config["from"], config.to
-    for key, name in (("from", start), ("to", end)):
-        if name not in formats:
-            raise ConfigError(f"no format {name!r}", where=f"{key}=", fix=f"known: {', '.join(formats)}")
+    for key, name, known in (("from", start, sources), ("to", end, targets)):
+        if name not in known:
+            raise ConfigError(f"no format {name!r}", where=f"{key}=", fix=f"known: {', '.join(known)}")
     if start == end:
         raise ConfigError(f"from and to are both {start}", where="from=, to=", fix=usage)
     if (start, end) in DIRECTIONS:
@@ -161,6 +164,49 @@ def model_config(config: DictConfig) -> DictConfig:
         )
     require_filled(described)
     return described
+
+
+def load_strictly(model: nn.Module, weights: Path, source: Path) -> None:
+    """Compare names and shapes by loading; an error names the user's file, not the one that is written from it."""
+    from blip2train.checkpoint.io import load_weights
+
+    try:
+        load_weights(model, weights)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.found,
+            where=str(source),
+            fix="choose the experiment= of this file; if it is the right one, the file is not whole: fetch it again",
+        ) from error
+
+
+def write_backbones(
+    folder: Path, config: DictConfig, language_model: Mapping[str, Tensor], *, vision: bool
+) -> dict[str, Any]:
+    """Write the language model that a source holds; returns what config.yaml must say to use the parts.
+
+    Args:
+        folder: the run folder to be.
+        config: a training config.
+        language_model: by transformers' names; empty where the source has none.
+        vision: whether the run has an encoder of its own in parts/.
+    """
+    from blip2train.checkpoint.converted import LANGUAGE_MODEL, PARTS, VISION, save_tensors
+
+    changes: dict[str, Any] = {}
+    if vision:
+        changes["model.vision_encoder.weights"] = f"${{run_dir}}/{PARTS}/{VISION}"
+        changes["model.vision_encoder.pretrained"] = False
+    if language_model:
+        local = Path(str(config.llm.path)) / "config.json"
+        architecture = config.llm.get("architecture", None)
+        facts = read_json(local) if local.is_file() else OmegaConf.to_container(architecture, resolve=True)
+        target = folder / PARTS / LANGUAGE_MODEL
+        save_tensors(language_model, target / "model.safetensors")
+        write_json(target / "config.json", facts)  # type: ignore[arg-type]  # a mapping: build_meta has read it
+        changes["model.language_model.path_or_config"] = f"${{run_dir}}/{PARTS}/{LANGUAGE_MODEL}"
+        changes["llm.model.path_or_config"] = changes["model.language_model.path_or_config"]
+    return changes
 
 
 def write_run_config(folder: Path, config: DictConfig, changes: Mapping[str, Any]) -> None:

@@ -11,25 +11,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from blip2train.cli import check
 from blip2train.cli.convert import (
     LAVIS_FILE,
     card_source,
     language_model_name,
+    load_strictly,
     model_config,
     vision_encoder_name,
+    write_backbones,
     write_manifest,
     write_run_config,
 )
 from blip2train.cli.evaluate import load_run_config
 from blip2train.errors import CheckpointError, ConfigError
-from blip2train.run_dir import RunDir, read_json, write_json
+from blip2train.run_dir import RunDir, read_json
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from blip2train.checkpoint.converted import ConversionReport
     from blip2train.checkpoint.lavis import LavisModel
 
@@ -78,8 +78,8 @@ def from_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionRepo
     parts.model.facts |= {"file": path.name, "beside": file.facts}
     stage = check.stage_number(described)
     checkpoint = write_converted(folder, parts.model, stage=stage, name=described.name)
-    _load_strictly(meta, checkpoint / WEIGHTS, path)
-    changes = _write_backbones(parts, described, folder)
+    load_strictly(meta, checkpoint / WEIGHTS, path)
+    changes = write_backbones(folder, described, parts.language_model, vision=bool(parts.model.vision))
     write_run_config(folder, described, changes)
     write_manifest(folder, described.seed, meta, facts={"from": "lavis", "file": path.name, "steps": file.step})
     report = ConversionReport(describe(parts), list(parts.model.extra))
@@ -124,20 +124,6 @@ def to_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionReport
     report.parts = {"model": len(state)}
     (folder / "README.md").write_text(_card(trained, run, model.step, report), encoding="utf-8")
     return report
-
-
-def _load_strictly(model: nn.Module, weights: Path, source: Path) -> None:
-    """Compare names and shapes by loading; an error names the user's file, not the one that is written from it."""
-    from blip2train.checkpoint.io import load_weights
-
-    try:
-        load_weights(model, weights)
-    except CheckpointError as error:
-        raise CheckpointError(
-            error.found,
-            where=str(source),
-            fix="choose the experiment= of this file; if it is the right one, the file is not whole: fetch it again",
-        ) from error
 
 
 def _check_kind(config: DictConfig, parts: LavisModel, path: Path) -> None:
@@ -211,26 +197,6 @@ def _differences(config: DictConfig) -> list[str]:
     if _tower(config) is None:
         notes.append(f"LAVIS has no vision encoder {config.model.vision_encoder.name}")
     return notes
-
-
-def _write_backbones(parts: LavisModel, config: DictConfig, folder: Path) -> dict[str, Any]:
-    """Write the language model if the file holds it; returns what config.yaml must say to use the parts."""
-    from blip2train.checkpoint.converted import LANGUAGE_MODEL, PARTS, VISION, save_tensors
-
-    changes: dict[str, Any] = {}
-    if parts.model.vision:
-        changes["model.vision_encoder.weights"] = f"${{run_dir}}/{PARTS}/{VISION}"
-        changes["model.vision_encoder.pretrained"] = False
-    if parts.language_model:
-        local = Path(str(config.llm.path)) / "config.json"
-        architecture = config.llm.get("architecture", None)
-        facts = read_json(local) if local.is_file() else OmegaConf.to_container(architecture, resolve=True)
-        target = folder / PARTS / LANGUAGE_MODEL
-        save_tensors(parts.language_model, target / "model.safetensors")
-        write_json(target / "config.json", facts)  # type: ignore[arg-type]  # a mapping: build_meta has read it
-        changes["model.language_model.path_or_config"] = f"${{run_dir}}/{PARTS}/{LANGUAGE_MODEL}"
-        changes["llm.model.path_or_config"] = changes["model.language_model.path_or_config"]
-    return changes
 
 
 def _card(config: DictConfig, run: RunDir, step: int, report: ConversionReport) -> str:

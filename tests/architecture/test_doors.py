@@ -12,7 +12,7 @@ DOORS = {
     "omegaconf": ("cli/",),
     "torch.distributed": (
         *("distributed.py", "peers.py", "model/sharding.py"),
-        *("cli/doctor/launch.py", "cli/doctor/ring.py"),
+        *("cli/doctor/launch.py", "cli/doctor/ring.py", "checkpoint/sharded_dcp.py"),
     ),
     "webdataset": ("data/shards.py", "data/shard_table.py", "data/shard_writer.py"),
     "fsspec": ("data/transfer.py",),
@@ -35,7 +35,7 @@ DOORS = {
     "peft": ("model/language_model/",),
     "open_clip": ("capfilt/ranker_open_clip.py",),
     "wandb": ("callback/wandb_logger.py",),
-    "deepspeed": ("strategy/",),
+    "deepspeed": ("strategy/", "checkpoint/sharded_deepspeed.py"),
     "lightning": (),
 }
 LONGEST_FUNCTION = 60

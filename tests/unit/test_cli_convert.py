@@ -36,7 +36,7 @@ def arguments(start: str, end: str, *more: str) -> list[str]:
 
 def test_every_pair_of_formats_has_a_route_through_our_form() -> None:
     formats = ("blip2train", "huggingface", "lavis")
-    for start in formats:
+    for start in (*formats, "sharded"):
         for end in formats:
             if start == end:
                 continue
@@ -51,7 +51,11 @@ def test_every_pair_of_formats_has_a_route_through_our_form() -> None:
     [
         (["from=lavis"], "not set: to, source, target"),
         (arguments("lavis", "lavis"), "from and to are both lavis"),
-        (arguments("torch", "lavis"), "no format 'torch'(.|\n)*known: blip2train, huggingface, lavis"),
+        (arguments("torch", "lavis"), "no format 'torch'(.|\n)*known: blip2train, huggingface, lavis, sharded"),
+        (
+            arguments("blip2train", "sharded"),
+            "no format 'sharded'(.|\n)*to=(.|\n)*known: blip2train, huggingface, lavis$",
+        ),
     ],
 )
 def test_a_wrong_question_is_answered_with_what_there_is(given: list[str], message: str) -> None:
@@ -81,7 +85,7 @@ def test_out_of_our_form_nothing_is_accepted_that_nobody_reads() -> None:
         check_overrides(compose("convert", given))
 
 
-@pytest.mark.parametrize("start", ["lavis", "huggingface"])
+@pytest.mark.parametrize("start", ["lavis", "huggingface", "sharded"])
 def test_a_checkpoint_is_chosen_of_a_run_only(start: str) -> None:
     given = arguments(start, "blip2train")
     check_overrides(compose("convert", given))
@@ -158,7 +162,7 @@ def test_help_says_what_every_argument_takes_and_its_examples_have_a_route() -> 
     for said in (*OWN_KEYS, *(start for start, _ in DIRECTIONS)):
         assert said in text
     examples = [line.split()[2:] for line in text.splitlines() if line.startswith("blip2train convert from=")]
-    assert len(examples) == 2 and all(plan(compose("convert", example)) for example in examples)
+    assert len(examples) == 3 and all(plan(compose("convert", example)) for example in examples)
 
 
 def test_a_card_gives_the_sizes_of_an_encoder_that_is_not_timms() -> None:
