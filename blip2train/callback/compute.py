@@ -6,12 +6,13 @@ mixes them with the doubled figures for sparse weights and does not know the nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-# what the device's name contains -> TFLOP/s in half precision, in TF32; the first that matches counts
+# words of the device's name -> TFLOP/s in half precision, in TF32; the first that matches counts
 _PEAKS: Mapping[str, tuple[float, float]] = {
     "B200": (2250.0, 1125.0),
     "H200 NVL": (835.5, 417.5),
@@ -56,10 +57,15 @@ def device_peak(name: str, precision: str) -> float | None:
         name: as the driver states it, such as "NVIDIA H200".
         precision: of the trainer, such as "bf16-mixed"; at "32-true", as torch is set: TF32 or nothing known.
     """
-    known = next((peaks for part, peaks in _PEAKS.items() if part.lower() in name.lower()), None)
+    known = next((peaks for words, peaks in _PEAKS.items() if _has_words(name, words)), None)
     if known is None:
         return None
     if "16" in precision:
         return known[0]
     tf32 = precision.startswith("32") and torch.get_float32_matmul_precision() != "highest"
     return known[1] if tf32 else None
+
+
+def _has_words(name: str, words: str) -> bool:
+    """Whole ones: an A10G and an RTX A4000 are no A10 and no A40."""
+    return re.search(rf"\b{re.escape(words)}\b", name, re.IGNORECASE) is not None

@@ -158,6 +158,9 @@ def test_ranks_with_uneven_batches_give_one_entry(tmp_path: Path) -> None:
         ("NVIDIA L40S", "bf16-mixed", 362.0),
         ("NVIDIA A100-SXM4-40GB", "32-true", None),
         ("NVIDIA GeForce RTX 9999", "bf16-mixed", None),
+        ("NVIDIA GH200 480GB", "bf16-mixed", 989.4),
+        ("NVIDIA A10G", "bf16-mixed", None),
+        ("NVIDIA RTX A4000", "bf16-mixed", None),
     ],
 )
 def test_devices_have_the_peak_of_their_data_sheet(name: str, precision: str, tflops: float | None) -> None:
