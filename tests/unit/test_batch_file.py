@@ -30,7 +30,9 @@ def test_the_file_holds_no_code(tmp_path: Path) -> None:
     assert set(torch.load(tmp_path / "batch.pt", weights_only=True)) == {"kind", "values", "facts"}
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no zip at all", b"step,train/loss\n2,7.0", {"kind": "Other"}, {"kind": "Stage1Batch"}, [1]])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no zip at all", b"step,train/loss\n2,7.0", {"kind": "Other"}, {"kind": "Stage1Batch"}, [1]]
+)
 def test_another_file_is_refused(tmp_path: Path, content: object) -> None:
     path = tmp_path / "batch.pt"
     if isinstance(content, bytes):
