@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -184,17 +185,21 @@ def _load(table: Metadata, entries: dict[str, Any], folder: Path) -> dict[str, T
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(state, storage_reader=_Reader(folder, table), no_dist=True)
-    except Exception as error:  # raised in PyTorch's own wrapper, which is no Exception of one kind
+    except (CheckpointException, Exception) as error:  # PyTorch's wrapper is no Exception
         raise CheckpointError(
-            f"the ranks' files cannot be read: {_last_line(error)}; no code of them was run",
+            f"the ranks' files cannot be read ({_cause(error)}); no code of them was run",
             where=str(folder),
-            fix=_COPY,
+            fix=f"damaged, or of another checkpoint: {_COPY}",
         ) from error
     return state
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+def _cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to run the code
+        return "more than tensors in them, or garbage"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _is_tensor(entry: Any) -> bool:
