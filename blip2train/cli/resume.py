@@ -188,11 +188,23 @@ def _read_path(given: str, run: RunDir) -> tuple[Path, RunDir, str]:
     path = path.absolute()
     if path.is_dir() and is_checkpoint_name(path.name):
         source, name = RunDir(path.parent.parent), path.name
+        if source.checkpoints != path.parent:
+            raise _out_of_place(path)
     elif path.is_dir():
         source, name = RunDir(path), LAST
     else:
         raise _no_such_path(given, path, run)
     return path, run if source.path.resolve() == run.path.resolve() else source, name
+
+
+def _out_of_place(path: Path) -> ConfigError:
+    homes = [folder for folder in path.parents if folder.name == RunDir(folder.parent).checkpoints.name]
+    home = homes[0] if homes else "the checkpoints/ of its run"
+    return ConfigError(
+        f"{path.name} lies in {path.parent}, apart from its run",
+        where="resume",
+        fix=f"move it to {home}, where no {path.name} may be, and give that path",
+    )
 
 
 def _no_such_path(given: str, path: Path, run: RunDir) -> ConfigError:

@@ -117,6 +117,9 @@ def test_paths_that_are_no_run_are_refused_with_what_is_near(laboratory, run: Ru
     assert "this run has step-0000002, step-0000004, step-0000006" in refused("step-0000001")
     assert "is a file" in refused(run.checkpoints / "step-0000004" / WEIGHTS)
     assert "no run in" in refused(tmp_path)
+    aside = shutil.copytree(run.checkpoints / "step-0000004", run.checkpoints / "superseded-1" / "step-0000004")
+    assert f"move it to {run.checkpoints}, " in refused(aside)
+    assert "apart from its run" in refused(shutil.copytree(aside, run.path / "old" / "step-0000004"))
     without = read_json(run.manifest_path)
     assert "continued_from" not in without, "a refused start leaves no trace"
 
