@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
 
 from blip2train.run_dir import RunDir
 from blip2train.strategy.fsdp2 import Fsdp2Strategy
 from blip2train.strategy.whole import WholeCheckpoint
-from blip2train.strategy.zero import ZeroStrategy
+from blip2train.strategy.zero import ZeroStrategy, _prepare_cpu
 from tests.strategy_world import train_all, train_on_two_ranks
 
 SHARDED = "sharded"
@@ -30,7 +33,9 @@ def _train_all(rank: int, port: int, jobs: list[list[str]]) -> None:
 
 
 def _twice(save: Callable[[Any, dict[str, Any], Path], None]) -> Callable[..., None]:
-    def save_both(self: Strategy, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+    def save_both(
+        self: Strategy, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
         save(self, dict(checkpoint), Path(filepath).parents[2] / SHARDED)
         WholeCheckpoint.save_checkpoint(self, checkpoint, filepath, storage_options)  # type: ignore[arg-type]
 
@@ -45,3 +50,29 @@ def _save_fsdp2(strategy: Any, checkpoint: dict[str, Any], folder: Path) -> None
     ]
     ModelParallelStrategy.save_checkpoint(strategy, checkpoint, folder)
     strategy._save_distributed_checkpoint = False
+
+
+def save_engine(rank: int, folder: str, config: dict[str, Any], exclude_frozen: bool) -> dict[str, Tensor]:
+    """One step of a small model under DeepSpeed's own engine, then its folder; returns the float32 masters, whole.
+
+    For `on_two_ranks`: what Lightning's strategy made of this project's earlier trainings, half precision included.
+    """
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
+    _prepare_cpu()
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.BatchNorm1d(3, affine=False))
+    model[0].requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True} | config
+    deepspeed.init_distributed("gloo")
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    engine.backward(engine(torch.ones(4, 5).to(next(model.parameters()).dtype) * (1 + rank)).float().square().sum())
+    engine.step()
+    engine.save_checkpoint(folder, client_state={"epoch": 1}, exclude_frozen_parameters=exclude_frozen)
+    return {
+        name: safe_get_full_fp32_param(item).clone() for name, item in model.named_parameters() if item.requires_grad
+    }

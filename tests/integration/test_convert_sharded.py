@@ -18,14 +18,17 @@ from torch import Tensor
 
 from blip2train.checkpoint.find import find_checkpoint
 from blip2train.checkpoint.io import WEIGHTS, read_metadata, read_weights
+from blip2train.checkpoint.sharded import own_names
 from blip2train.cli.config import build, compose
 from blip2train.cli.convert import convert
+from blip2train.cli.convert_sharded import read_sharded
 from blip2train.cli.evaluate import load_model, load_run_config
 from blip2train.cli.meta import without_weights
 from blip2train.errors import CheckpointError, ConfigError
 from blip2train.model.freezing import trainable_state_dict
 from blip2train.run_dir import RunDir
-from tests.sharded_world import SHARDED, train_sharded
+from tests.sharded_world import SHARDED, save_engine, train_sharded
+from tests.two_ranks import on_two_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -198,3 +201,26 @@ def test_real_deepspeed_files_are_guarded(trained: dict[str, RunDir], tmp_path: 
     with pytest.raises(CheckpointError, match="DeepSpeed cannot put it together"):
         run_convert(shards, tmp_path / "ours")
     assert not (tmp_path / "mark").exists() and not (tmp_path / "ours").exists()
+
+
+ENGINES = {
+    "zero1": ({"zero_optimization": {"stage": 1}}, False),
+    "zero2_bf16": ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, True),
+    "zero3_bf16": ({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}, False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_float32_masters_come_out_of_deepspeeds_own_engine(name: str, tmp_path: Path) -> None:
+    """Half-precision weights in the folder are not what is read; frozen ones are there where they were not left out."""
+    settings, exclude_frozen = ENGINES[name]
+    masters, again = on_two_ranks(save_engine, tmp_path, str(tmp_path / "shards"), settings, exclude_frozen)
+    found = read_sharded(tmp_path / "shards")
+    assert found.kind == f"DeepSpeed ZeRO-{name[4]}" and found.ranks == 2 and found.step == 1
+    state = own_names(found.state, where="w")
+    assert masters.keys() == {"1.weight", "1.bias"} and same(masters, again)
+    assert same({name: state[name] for name in masters}, masters)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters.values())
+    assert ("0.weight" in state) != exclude_frozen
+    assert exclude_frozen or state["0.weight"].shape == (7, 5)
