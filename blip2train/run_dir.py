@@ -9,7 +9,8 @@ wandb_id                             under which wandb knows the run, where it i
 warnings.jsonl                       one object per warning: "step", "cause", "seen", "likely", "look"
 bad_steps/step-<N>/                  of a step with a loss or gradient that is not finite: report.json and its batches
 ranks/rank-<N>.json                  each process's last heartbeat; rank-<N>.stack.txt: where it hung, if the run hung
-stuck.json                           of a run that went on no more: which rank kept the others waiting
+stuck.json                           of a run that went on no more: which rank kept the others waiting; the next start
+                                     renames it and the stacks to stuck.before.json and rank-<N>.stack.before.txt
 dropped.jsonl                        one object per record that could not be used: dataset, cause, shard, key
 data_report.json                     where too many of them stopped the run: counts and examples by source and cause
 checkpoints/step-N/                  trainable weights (safetensors), the optimizer state, metadata.json with checksums

@@ -6,6 +6,7 @@ hangs inside a collective. LAVIS hangs for the year its timeout is set to.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -13,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -73,9 +75,9 @@ class WatchdogCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._rank, self._world = trainer.global_rank, trainer.world_size
         heartbeat_path(self.run.ranks, self._rank).unlink(missing_ok=True)  # of the process before this one
-        stack_path(self.run.ranks, self._rank).unlink(missing_ok=True)
+        _set_aside(stack_path(self.run.ranks, self._rank))
         if self._rank == 0:
-            self.run.stuck_path.unlink(missing_ok=True)
+            _set_aside(self.run.stuck_path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -227,6 +229,12 @@ class WatchdogCallback(pl.Callback):
         except OSError as error:
             log.error("%s could not be written: %s", self.run.stuck_path, error)
         log.error("%s\n(%s)", found["text"], self.run.stuck_path)
+
+
+def _set_aside(path: Path) -> None:
+    """A run that is requeued starts at once: its report must outlive that."""
+    with contextlib.suppress(FileNotFoundError):
+        path.replace(path.with_suffix(f".before{path.suffix}"))
 
 
 class BatchDoneCallback(pl.Callback):

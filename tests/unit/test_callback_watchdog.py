@@ -145,3 +145,14 @@ def test_a_stuck_run_leaves_also_where_nothing_can_be_written(tmp_path: Path) ->
     code = process.exitcode
     process.kill()
     assert code == 75
+
+
+def test_the_report_of_a_stuck_run_outlives_its_next_starts(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.ranks.mkdir()
+    run.stuck_path.write_text("report")
+    (run.ranks / "rank-00000.stack.txt").write_text("stack")
+    for _ in range(2):
+        WatchdogCallback(run).setup(SimpleNamespace(global_rank=0, world_size=1), None, "fit")
+    assert not run.stuck_path.exists() and (tmp_path / "stuck.before.json").read_text() == "report"
+    assert (run.ranks / "rank-00000.stack.before.txt").read_text() == "stack"
