@@ -110,6 +110,9 @@ def to_lavis(config: DictConfig, source: Path, folder: Path) -> ConversionReport
     parts = LavisModel(model, kind=_language_model(trained), tower=_tower(trained))
     report = ConversionReport(notes=_differences(trained))
     _check_for_lavis(trained, parts, source)
+    if parts.tower is None and model.vision:
+        report.not_held.append(f"the vision encoder: LAVIS has no {trained.model.vision_encoder.name}")
+        model.vision = {}
     weights = run.path / PARTS / LANGUAGE_MODEL / "model.safetensors"
     came_from_lavis = model.facts.get("format") == "lavis"
     if came_from_lavis and weights.is_file():

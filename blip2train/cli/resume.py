@@ -231,14 +231,14 @@ def _noted(run: RunDir, asked: Path) -> str | None:
 
 def _check_may_go_on(config: DictConfig, point: ResumePoint) -> None:
     source = RunDir.open(point.source.path, where=f"run_dir={point.run.path}, resume={config.resume}")
-    check.check_same_run(config, OmegaConf.load(source.config_path), source)
-    check_same_features(config, source)
     if not point.trainer_state.is_file():
         raise ConfigError(
             f"{point.checkpoint.name} has no trainer state, so it cannot be continued",
             where=str(source.path),
             fix="train with checkpoint.trainer_state=true, or start a new run with init_from= this folder",
         )
+    check.check_same_run(config, OmegaConf.load(source.config_path), source)
+    check_same_features(config, source)
 
 
 def _link_or_copy(source: str, target: str) -> None:
