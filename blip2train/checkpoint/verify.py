@@ -39,7 +39,8 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != METADATA):
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    sealed = {**facts, FILES: files}
+    plain = {key: value for key, value in facts.items() if key != CHECKSUM}  # of a checkpoint that is written anew
+    sealed = {**plain, FILES: files}
     write_json(folder / METADATA, sealed | {CHECKSUM: _checksum(sealed)})
     sync(folder / METADATA)
     sync(folder)
