@@ -181,7 +181,9 @@ def test_zero3_in_micro_batches_computes_what_ddp_does(laboratory, tmp_path: Pat
     runs = Runs(tmp_path, [*stage(1, laboratory), *SMALL, "trainer.max_steps=2", "stage.micro_batch_size=2"])
     runs.add("ddp", "trainer=ddp")
     runs.add("zero3", "trainer=deepspeed_zero3")
+    runs.add("zero3_sharding_all", "trainer=deepspeed_zero3", "trainer.strategy.persistent_elements=0")
     runs.make()
     assert runs.losses("zero3") == pytest.approx(runs.losses("ddp"), **ROUNDING)
+    assert runs.losses("zero3_sharding_all") == pytest.approx(runs.losses("ddp"), **ROUNDING)
     ddp, zero3 = ([row["step_seconds"] for row in runs.run(name).read_metrics()] for name in ("ddp", "zero3"))
-    assert zero3[-1] < 12 * ddp[-1]
+    assert zero3[-1] < 20 * ddp[-1]
