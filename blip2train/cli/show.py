@@ -103,7 +103,7 @@ def _show_paper_diff(config: DictConfig) -> None:
 
 def show_batch(config: DictConfig) -> None:
     """One batch as training would see it first, or a saved one."""
-    if config.batch is not None:
+    if config.get("batch", None) is not None:
         _show_saved_batch(Path(config.batch))
         return
     config = _check(config)

@@ -133,9 +133,9 @@ def test_a_first_step_that_cannot_be_made_leaves_no_run(laboratory, tmp_path: Pa
 
 def test_an_interrupted_later_step_keeps_the_run(laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a start that failed is withdrawn; a run that made steps keeps its record whatever ends it."""
-    monkeypatch.setattr("blip2train.callback.checkpoint.save_checkpoint", _full)
+    monkeypatch.setattr("blip2train.callback.checkpoint.save_weights", _full)
     with pytest.raises(CheckpointError, match="full"):
-        laboratory.train("microworld_stage1", tmp_path / "run", "checkpoint.every_steps=2")
+        laboratory.train("microworld_stage1", tmp_path / "run", "checkpoint.final_wait_minutes=0")
     assert RunDir(tmp_path / "run").config_path.exists()
 
 
