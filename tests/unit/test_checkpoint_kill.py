@@ -108,7 +108,9 @@ def test_kills_at_random_moments_never_cost_more_than_the_one_being_written(tmp_
             write(run, step, size=20_000)
 
     before = 2
-    for _ in range(8):
+    for kills in range(200):
+        if kills >= 8 and before > 2:  # a slow machine gets further between two kills only later
+            break
         child = child_that(write_on)
         time.sleep(rng.uniform(0.0, 5 * seconds))
         os.kill(child, signal.SIGKILL)
