@@ -118,7 +118,7 @@ def _draw(key: str, title: str, runs: Sequence[tuple[int, Run]]) -> str:
     for index, run in runs:
         steps, values = _thin(*run.curve(key))
         axes.plot(steps, values, color=_SERIES[index % NUM_COLORS], linewidth=1.8, solid_capstyle="round")
-        largest = max(largest, sorted(values)[int(0.98 * (len(values) - 1))])
+        largest = max(largest, _top(values))
     chance = _chance(key, [run for _, run in runs])
     if chance is not None:
         axes.axhline(chance, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
@@ -131,8 +131,14 @@ def _draw(key: str, title: str, runs: Sequence[tuple[int, Run]]) -> str:
         axes.annotate(f"chance {chance:.3g}", (1.0, chance), (0, 2), color=_LABEL, fontsize=9, **place)
         largest = max(largest, chance)
     bottom, _ = axes.get_ylim()
-    axes.set_ylim(bottom if key == "train/itm_accuracy" else 0.0, 1.12 * largest)
+    axes.set_ylim(bottom if key == "train/itm_accuracy" else 0.0, 1.12 * largest or 1.0)
     return _to_svg(figure, key, _describe(title, key, [run for _, run in runs], chance))
+
+
+def _top(values: Sequence[float]) -> float:
+    """What has to fit in: everything, but for single points far above all others, which would flatten the rest."""
+    usual = sorted(values)[int(0.98 * (len(values) - 1))]
+    return max(values) if max(values) <= 2.0 * usual else usual
 
 
 def _style(axes: Axes) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from blip2train.benchmark.thumbnail import thumbnail
 from blip2train.report.collect import Run
-from blip2train.report.curve import MAX_POINTS, draw_curves
+from blip2train.report.curve import MAX_POINTS, _top, draw_curves
 from blip2train.report.html import build_report, format_seconds
 from blip2train.run_dir import RunDir, write_json, write_jsonl
 
@@ -182,6 +182,7 @@ def test_warnings_of_a_training_are_shown_and_of_many_the_latest(tmp_path: Path)
     page = _page([run], tmp_path)
     assert "warnings" in page.ids() and "#warnings" in {attributes.get("href") for _, attributes in page.found}
     assert "the last 30 of 40" in page.text and NASTY in page.text
+    assert any(tag == "table" and attributes.get("class") == "words" for tag, attributes in page.found)  # lines wrap
     assert "seen139." in page.text and "seen110." in page.text and "seen109." not in page.text
 
 
@@ -218,6 +219,16 @@ def test_the_health_of_a_run_is_drawn_beside_its_losses_where_it_was_logged() ->
         "Waiting for data", "Model FLOPs utilization",
     ]  # fmt: skip
     assert ["chance" in curve.svg for curve in curves] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [([1.0, 3.0, 2.0], 3.0), ([*[2.0] * 14, 3.0], 3.0), ([*[2.0] * 14, 90.0], 2.0), ([0.0, 0.0], 0.0)],
+)
+def test_a_peak_is_shown_and_one_far_above_all_others_flattens_none(values: list[float], top: float) -> None:
+    assert _top(values) == top
+    steps = [{"step": step, "gradient_norm": value} for step, value in enumerate(values)]
+    assert draw_curves([Run("run", {}, "", steps)])
 
 
 def test_runs_with_different_chance_levels_share_no_line() -> None:
