@@ -23,7 +23,7 @@ from blip2train.cli.features import describe_features, with_features
 from blip2train.cli.guard import Guard
 from blip2train.cli.health import build_health
 from blip2train.cli.launch import check_launcher, check_sweep, check_torchrun
-from blip2train.cli.log_file import outlive_full_disk
+from blip2train.cli.log_file import outlive_full_disk, speak_once
 from blip2train.cli.resume import ResumePoint, find_resume_point
 from blip2train.cli.run_log import build_loggers, build_watchers, chance_levels
 from blip2train.errors import Blip2TrainError, ConfigError
@@ -67,6 +67,7 @@ def main() -> None:
 def run(config: DictConfig) -> None:
     check_torchrun(os.environ)
     outlive_full_disk()
+    speak_once()
     folder = RunDir(Path(HydraConfig.get().runtime.output_dir))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         check_sweep(config)

@@ -1,12 +1,14 @@
-"""A log file on a full disk loses its lines and nothing else."""
+"""A log file on a full disk loses its lines and nothing else; several ranks speak once."""
 
 import logging
+import logging.handlers
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from blip2train.cli.log_file import outlive_full_disk
+from blip2train import distributed
+from blip2train.cli.log_file import outlive_full_disk, speak_once
 
 
 @pytest.fixture
@@ -31,3 +33,21 @@ def test_a_full_disk_prints_no_stack_trace_and_a_mistake_does(
     assert capsys.readouterr().err == ""
     handler.handle(logging.LogRecord("name", logging.ERROR, "path", 1, "%d lines", ("no number",), None))
     assert "Logging error" in capsys.readouterr().err
+
+
+def test_what_all_ranks_say_is_heard_from_the_main_one_and_warnings_from_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [heard := logging.handlers.BufferingHandler(100)])
+    speak_once()
+    log = logging.getLogger("blip2train.test")
+    monkeypatch.setattr(log, "level", logging.INFO)
+    for is_main in (True, False):
+        monkeypatch.setattr(distributed, "is_main", lambda answer=is_main: answer)
+        log.info("said, main is %s", is_main)
+        log.warning("warned, main is %s", is_main)
+    assert [record.getMessage() for record in heard.buffer] == [
+        "said, main is True",
+        "warned, main is True",
+        "warned, main is False",
+    ]
